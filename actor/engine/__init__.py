@@ -1,0 +1,1 @@
+"""One protocol (`base`), several engines. An engine knows prefixes and tokens, never tickets."""

@@ -1,0 +1,1 @@
+"""Text to reward parts, in worker processes with deadlines."""

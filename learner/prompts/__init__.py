@@ -1,0 +1,1 @@
+"""What the actors are asked: source, curriculum, template, ticket."""
