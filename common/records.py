@@ -1,0 +1,81 @@
+"""What the journal holds: the only truth of a run. Everything else (ledger, cursor, curriculum) folds over these.
+
+    open      a learner process began to write: who it is, with what configuration, on what torch
+    issue     a ticket exists (durable before it is sent)
+    admit     a group as it was received, byte for byte (durable before the acknowledgement)
+    ready     the score of a proposal is known
+    step      step t consumed these tickets and dropped those, and made this version
+    drop      a ticket ends for a reason that no batch decided (failed, surplus)
+    config    from step t on these overrides hold
+    finish    the run is over
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from common.wire import Ticket
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+    pass
+
+
+class Open(Record, frozen=True, kw_only=True, tag="open"):
+    """`sealed` is (segment name, length in bytes) of the predecessor: whatever it wrote later does not exist."""
+
+    run: str
+    incarnation: int
+    config: dict[str, Any]
+    torch: str = ""
+    threads: int = 0
+    world_size: int = 1
+    sealed: tuple[str, int] | None = None
+    at: float = 0.0  # seconds since the epoch, for people
+
+
+class Issue(Record, frozen=True, kw_only=True, tag="issue"):
+    ticket: Ticket
+
+
+class Admit(Record, frozen=True, kw_only=True, tag="admit"):
+    """`frame` is the group's message as received (wire.Codec decodes it)."""
+
+    ticket: int
+    frame: bytes
+    at: float = 0.0
+
+
+class Ready(Record, frozen=True, kw_only=True, tag="ready"):
+    ticket: int
+    score: float
+
+
+class Step(Record, frozen=True, kw_only=True, tag="step"):
+    """Step `t` trained parameters of version `t` on `consumed` (in batch order) and made `version` = t + 1."""
+
+    t: int
+    version: int
+    digest: str
+    consumed: tuple[int, ...]
+    dropped: tuple[tuple[int, str], ...] = ()
+
+
+class Drop(Record, frozen=True, kw_only=True, tag="drop"):
+    ticket: int
+    reason: str
+
+
+class ConfigChange(Record, frozen=True, kw_only=True, tag="config"):
+    t: int
+    overrides: dict[str, Any]
+
+
+class Finish(Record, frozen=True, kw_only=True, tag="finish"):
+    t: int
+    reason: str
+
+
+AnyRecord = Open | Issue | Admit | Ready | Step | Drop | ConfigChange | Finish

@@ -1,0 +1,361 @@
+"""What actors and the learner say to each other, and how it becomes bytes.
+
+One message is one ZeroMQ frame, and the journal keeps groups in the very bytes that arrived:
+
+    u32 header length · MessagePack header (maps) · zeros up to a multiple of 8 · raw little-endian arrays, 8-aligned
+
+In the header an array stands as a map `{"d": dtype, "o": byte offset into the array part, "n": number of elements}`
+with dtype one of `i4`, `f4`, `u1`; decoding makes read-only views, it copies nothing. Everything else is ordinary
+MessagePack with string keys: any language can write an actor. Unknown fields are ignored, so fields can be added
+without a new PROTOCOL number; a changed meaning needs one.
+
+Facts only: a rollout says which tokens were sampled, with what log-probabilities, temperature and weight versions,
+and how the parts of its reward came out. Advantages, weights and filters are the learner's and never travel.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, ClassVar, Literal
+
+import msgspec
+import numpy as np
+
+from common.errors import WireError
+
+PROTOCOL = 1
+MAX_FRAME_BYTES = 64 << 20
+
+Kind = Literal["main", "aux", "eval", "propose", "score"]
+Role = Literal["policy", "tool", "feedback", "hint"]
+Finish = Literal["stop", "length", "aborted"]
+Verdict = Literal["ack", "duplicate", "unknown", "refused"]
+
+_DTYPES = {"i4": np.dtype("<i4"), "f4": np.dtype("<f4"), "u1": np.dtype("u1")}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How to sample. `seed` makes the noise; position and rollout number are mixed in by the engine."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    max_tokens: int = 64
+    stop: tuple[int, ...] = ()
+    seed: int = 0
+
+
+class GradePart(msgspec.Struct, frozen=True, kw_only=True):
+    """One part of the reward: `grader` names the function, `options` its keyword arguments."""
+
+    name: str
+    grader: str
+    options: dict[str, Any] = {}
+
+
+class Grading(msgspec.Struct, frozen=True, kw_only=True):
+    """How to grade a response. The first part is the raw correctness."""
+
+    gold: str = ""
+    parts: tuple[GradePart, ...] = ()
+    columns: dict[str, Any] = {}
+
+
+class Ticket(msgspec.Struct, frozen=True, kw_only=True):
+    """A request for one group: `n` rollouts of one prompt under one sampling policy."""
+
+    id: int
+    kind: Kind
+    problem: str
+    prompt: np.ndarray  # int32 [P]
+    n: int
+    sampling: Sampling
+    grading: Grading
+    template: str = ""
+    source: str = ""
+    parent: int | None = None  # the ticket whose prompt this one asks again, or was made from
+    label: str = ""  # which evaluation an eval ticket belongs to
+    min_version: int = 0
+    cursor: int = -1  # position in the prompt stream; -1 for a prompt asked again
+
+    def __post_init__(self) -> None:
+        _check_array("prompt", self.prompt, "i4")
+
+
+class Segment(msgspec.Struct, frozen=True, kw_only=True):
+    """A run of tokens with one author. `logps` are behaviour log-probabilities after temperature, 0 where not sampled.
+
+    `spans` is run-length coded weight versions: (index of the first token, version), first index 0, rising.
+    An empty `mask` means: every token of a policy segment is trained on, none of any other.
+    """
+
+    role: Role
+    tokens: np.ndarray  # int32 [T]
+    logps: np.ndarray  # float32 [T]
+    spans: tuple[tuple[int, int], ...]
+    temperature: float = 1.0
+    turn: int = 0
+    mask: np.ndarray = msgspec.field(default_factory=lambda: np.zeros(0, np.uint8))  # uint8 [T] or [0]
+
+    def __post_init__(self) -> None:
+        _check_array("tokens", self.tokens, "i4")
+        _check_array("logps", self.logps, "f4")
+        _check_array("mask", self.mask, "u1")
+
+    @property
+    def loss_mask(self) -> np.ndarray:
+        """Boolean [T]: the tokens to train on."""
+        if self.mask.size:
+            return self.mask.astype(bool)
+        return np.full(self.tokens.size, self.role == "policy")
+
+
+class Rollout(msgspec.Struct, frozen=True, kw_only=True):
+    """One response: its segments, how it ended, how it was graded (`parts`: one map a turn)."""
+
+    segments: tuple[Segment, ...]
+    finish: Finish
+    correct: float
+    parts: tuple[dict[str, float], ...] = ()
+    error: str = ""  # why the grader gave no verdict; then `correct` means nothing
+    timings: dict[str, float] = {}
+
+    @property
+    def length(self) -> int:
+        """Number of trainable (policy) tokens."""
+        return sum(int(s.loss_mask.sum()) for s in self.segments)
+
+    @property
+    def oldest_version(self) -> int:
+        return min(v for s in self.segments for _, v in s.spans)
+
+
+# ---- actor → learner -------------------------------------------------------------------------------------------
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+    """Every message says which run, and which life of its learner, it speaks to."""
+
+    run: str = ""
+    incarnation: int = 0
+
+
+class Hello(Message, frozen=True, kw_only=True, tag="hello"):
+    """First message of a connection. `held` tickets are still being worked on, `owed` results await their verdict."""
+
+    protocol: int
+    digest: str  # of the shared [run] section
+    actor: str
+    capacity: int  # tickets it can hold at once
+    held: tuple[int, ...] = ()
+    owed: tuple[int, ...] = ()
+    pid: int = 0
+    host: str = ""
+    engine: str = ""
+    revision: str = ""
+
+
+class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
+    """Renews the leases of `held`, updates `capacity`, and says how the engine is doing."""
+
+    capacity: int
+    held: tuple[int, ...] = ()
+    version: int = -1
+    stats: dict[str, float] = {}
+
+
+class Group(Message, frozen=True, kw_only=True, tag="group"):
+    """A finished ticket."""
+
+    ticket: int
+    attempt: int
+    kind: Kind
+    problem: str
+    rollouts: tuple[Rollout, ...]
+    template: str = ""
+    source: str = ""
+    actor: str = ""
+    timings: dict[str, float] = {}
+
+
+class Failure(Message, frozen=True, kw_only=True, tag="failure"):
+    """This attempt at the ticket failed. `blame` chooses the budget: `infra` (engine), `data` (prompt, verifier)
+    or `none` (given back untouched: drain, min_version not reached in time)."""
+
+    ticket: int
+    attempt: int
+    blame: Literal["infra", "data", "none"]
+    reason: str
+
+
+class Bye(Message, frozen=True, kw_only=True, tag="bye"):
+    """The actor leaves; whatever it still holds may be leased to others at once."""
+
+    held: tuple[int, ...] = ()
+
+
+# ---- learner → actor -------------------------------------------------------------------------------------------
+
+
+class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
+    heartbeat_s: float = 1.0
+    lease_s: float = 30.0
+    version: int = -1  # newest published, -1 before the first
+    forget: tuple[int, ...] = ()  # held tickets that nobody waits for any more
+
+
+class Refused(Message, frozen=True, kw_only=True, tag="refused"):
+    """The connection is not accepted; `ours` and `theirs` are the two values that disagree."""
+
+    reason: str
+    ours: str = ""
+    theirs: str = ""
+
+
+class Grant(Message, frozen=True, kw_only=True, tag="grant"):
+    """A ticket leased to this actor as its `attempt`-th attempt."""
+
+    ticket: Ticket
+    attempt: int
+
+
+class Answer(Message, frozen=True, kw_only=True, tag="answer"):
+    """The verdict on one result; whichever it is, the actor frees its copy."""
+
+    ticket: int
+    verdict: Verdict
+    reason: str = ""
+
+
+class Drain(Message, frozen=True, kw_only=True, tag="drain"):
+    """Finish nothing new, hand back what is held, deliver what is owed, leave. `final`: the run is over."""
+
+    final: bool = False
+
+
+FromActor = Hello | Heartbeat | Group | Failure | Bye
+FromLearner = Welcome | Refused | Grant | Answer | Drain
+
+
+class Codec:
+    """Encodes and decodes one union of structs. Not thread-safe: one codec a thread.
+
+    `decode` raises WireError(`malformed` | `oversized`) and nothing else, whatever the bytes are.
+    """
+
+    _HEADER: ClassVar[struct.Struct] = struct.Struct("<I")
+
+    def __init__(self, union: Any, max_bytes: int = MAX_FRAME_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self._encoder = msgspec.msgpack.Encoder(enc_hook=self._reference)
+        self._decoder = msgspec.msgpack.Decoder(union, dec_hook=self._view)
+        self._arrays: list[np.ndarray] = []
+        self._offset = 0
+        self._body: memoryview = memoryview(b"")
+
+    def encode(self, message: msgspec.Struct) -> bytearray:
+        self._arrays, self._offset = [], 0
+        header = self._encoder.encode(message)
+        start = _aligned(4 + len(header))
+        frame = bytearray(start + self._offset)
+        self._HEADER.pack_into(frame, 0, len(header))
+        frame[4 : 4 + len(header)] = header
+        at = start
+        for array in self._arrays:
+            frame[at : at + array.nbytes] = array.data.cast("B") if array.size else b""
+            at = _aligned(at + array.nbytes)
+        if len(frame) > self.max_bytes:
+            raise WireError("oversized", f"a message of {len(frame)} bytes; at most {self.max_bytes} are allowed")
+        return frame
+
+    def decode(self, frame: bytes | bytearray | memoryview) -> Any:
+        view = memoryview(frame).cast("B").toreadonly()
+        if view.nbytes > self.max_bytes:
+            raise WireError("oversized", f"{view.nbytes} bytes; at most {self.max_bytes} are allowed")
+        if view.nbytes < 4:
+            raise WireError("malformed", f"{view.nbytes} bytes are no message")
+        (length,) = self._HEADER.unpack_from(view)
+        if 4 + length > view.nbytes:
+            raise WireError("malformed", f"header of {length} bytes in a frame of {view.nbytes}")
+        self._body = view[_aligned(4 + length) :]
+        try:
+            return self._decoder.decode(view[4 : 4 + length])
+        except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
+            raise WireError("malformed", str(error)) from None
+        finally:
+            self._body = memoryview(b"")
+
+    def _reference(self, value: Any) -> dict[str, Any]:
+        if not isinstance(value, np.ndarray):
+            raise TypeError(f"{type(value).__name__} cannot be sent")
+        code = _CODES[value.dtype]
+        reference = {"d": code, "o": self._offset, "n": value.size}
+        self._arrays.append(np.ascontiguousarray(value))
+        self._offset = _aligned(self._offset + value.nbytes)
+        return reference
+
+    def _view(self, kind: type, value: Any) -> np.ndarray:
+        if kind is not np.ndarray or not isinstance(value, dict):
+            raise ValueError(f"expected an array reference, got {type(value).__name__}")
+        code, offset, count = value.get("d"), value.get("o"), value.get("n")
+        if code not in _DTYPES or type(offset) is not int or type(count) is not int:
+            raise ValueError("bad array reference")
+        dtype = _DTYPES[code]
+        if offset % 8 or offset < 0 or count < 0 or offset + count * dtype.itemsize > self._body.nbytes:
+            raise ValueError(f"array [{offset}, +{count} {code}] outside a body of {self._body.nbytes} bytes")
+        return np.frombuffer(self._body, dtype, count, offset)
+
+
+def check_group(group: Group, ticket: Ticket, vocab_size: int, clock_version: int) -> None:
+    """Refuse a group that lies: raises WireError with a reason word.
+
+    `clock_version` is the newest version ever announced; a token from a later one is a lie.
+    """
+    if (group.kind, group.problem) != (ticket.kind, ticket.problem):
+        raise WireError("mismatch", f"ticket {ticket.id} asks {ticket.kind} {ticket.problem!r}")
+    if len(group.rollouts) != ticket.n:
+        raise WireError("count", f"{len(group.rollouts)} rollouts for a ticket of {ticket.n}")
+    for rollout in group.rollouts:
+        if not rollout.segments:
+            raise WireError("empty", "a rollout without a segment")
+        if not np.isfinite(rollout.correct) and not rollout.error:
+            raise WireError("nan", "correctness is not a number")
+        if any(not np.isfinite(v) for part in rollout.parts for v in part.values()) and not rollout.error:
+            raise WireError("nan", "a reward part is not a number")
+        for segment in rollout.segments:
+            _check_segment(segment, vocab_size, clock_version)
+        tokens = sum(s.tokens.size for s in rollout.segments if s.role == "policy")
+        if tokens > ticket.sampling.max_tokens * (1 + max(s.turn for s in rollout.segments)):
+            raise WireError("length", f"{tokens} sampled tokens; the ticket allows {ticket.sampling.max_tokens}")
+
+
+def _check_segment(segment: Segment, vocab_size: int, clock_version: int) -> None:
+    tokens, logps, size = segment.tokens, segment.logps, segment.tokens.size
+    if logps.size != size or segment.mask.size not in (0, size):
+        raise WireError("length", f"{size} tokens, {logps.size} log-probs, mask of {segment.mask.size}")
+    if size and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
+        raise WireError("vocabulary", f"a token outside [0, {vocab_size})")
+    if size and not np.isfinite(logps).all():
+        raise WireError("nan", "a log-probability is not finite")
+    if size and float(logps.max()) > 1e-3:
+        raise WireError("logprob", "a log-probability above 0")
+    if not (np.isfinite(segment.temperature) and segment.temperature > 0):
+        raise WireError("temperature", f"{segment.temperature}")
+    starts = [first for first, _ in segment.spans]
+    rising = all(a < b for a, b in zip(starts, starts[1:], strict=False))
+    if not starts or starts[0] != 0 or not rising or starts[-1] >= max(size, 1):
+        raise WireError("spans", f"version spans {segment.spans} of {size} tokens")
+    if any(not 0 <= version <= clock_version for _, version in segment.spans):
+        raise WireError("version", f"spans {segment.spans}; the newest version is {clock_version}")
+
+
+def _check_array(name: str, array: np.ndarray, code: str) -> None:
+    if array.dtype != _DTYPES[code] or array.ndim != 1:
+        raise ValueError(f"{name} must be a 1-D {code} array, not {array.dtype}")
+
+
+def _aligned(offset: int) -> int:
+    return (offset + 7) & ~7
+
+
