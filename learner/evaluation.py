@@ -1,0 +1,67 @@
+"""Held-out evaluation: which problems were asked, how they came out, under which weight versions."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from common.wire import Group
+
+
+class Evaluation(msgspec.Struct, kw_only=True):
+    """One point: a fold over its admitted eval groups. Rollouts whose grader failed are counted, never scored."""
+
+    issued: list[str] = []  # problems asked
+    groups: int = 0
+    failed: int = 0  # tickets that ended without a group
+    rollouts: int = 0
+    errors: int = 0
+    correct: float = 0.0
+    solved: int = 0  # problems with at least one right rollout (pass@samples)
+    tokens: int = 0
+    oldest: int = -1  # weight versions seen
+    newest: int = -1
+
+    def add(self, group: Group) -> None:
+        graded = [r for r in group.rollouts if not r.error]
+        versions = [v for r in group.rollouts for s in r.segments for _, v in s.spans]
+        self.groups += 1
+        self.rollouts += len(graded)
+        self.errors += len(group.rollouts) - len(graded)
+        self.correct += sum(r.correct for r in graded)
+        self.solved += any(r.correct >= 1.0 for r in graded)
+        self.tokens += sum(r.length for r in group.rollouts)
+        self.oldest = min(versions) if self.oldest < 0 else min(self.oldest, *versions)
+        self.newest = max(self.newest, *versions)
+
+    def is_complete(self, problems: int) -> bool:
+        return len(self.issued) >= problems and self.groups + self.failed >= len(self.issued)
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.rollouts if self.rollouts else math.nan
+
+    @property
+    def length(self) -> float:
+        """Mean tokens a rollout."""
+        count = self.rollouts + self.errors
+        return self.tokens / count if count else math.nan
+
+    @property
+    def standard_error(self) -> float:
+        """Of the accuracy, binomial."""
+        p = self.accuracy
+        return math.sqrt(max(p * (1 - p), 0.0) / self.rollouts) if self.rollouts else math.nan
+
+    def facts(self) -> dict[str, float]:
+        return {
+            "heldout/accuracy": self.accuracy,
+            "heldout/standard_error": self.standard_error,
+            "heldout/pass_any": self.solved / self.groups if self.groups else math.nan,
+            "heldout/length": self.length,
+            "heldout/rollouts": self.rollouts,
+            "heldout/grader_errors": self.errors,
+            "heldout/version_oldest": self.oldest,
+            "heldout/version_newest": self.newest,
+        }

@@ -1,0 +1,79 @@
+"""The batch rule: which admitted groups step t trains on. A pure function of the admission order.
+
+The main part of step t is the first `groups_per_step` usable main groups in admission order. Groups on the way to
+them that are not usable are dropped, each by its reason. When `refill_limit` × `groups_per_step` main groups since
+the last step were not enough, the step trains on those usable among them; with none, the policy has solved the task.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from common.wire import Group
+from learner.advantage import informative
+from learner.config import LearnerConfig
+from learner.ledger import Entry, Item, Ledger
+
+
+class Batch(NamedTuple):
+    """`items` in batch order (main, then aux); empty items: solved."""
+
+    t: int
+    items: tuple[Item, ...]
+    dropped: tuple[tuple[int, str], ...]
+    waited_for: int  # main groups looked at
+
+    @property
+    def consumed(self) -> tuple[int, ...]:
+        return tuple(item.ticket.id for item in self.items)
+
+
+def defect(group: Group, config: LearnerConfig) -> str:
+    """Why no step can use this group, "" when one can. Depends on nothing but the group."""
+    if any(rollout.error for rollout in group.rollouts):
+        return "verifier_error"
+    if config.drop_truncated and all(rollout.finish == "length" for rollout in group.rollouts):
+        return "truncated"
+    if group.kind == "main" and not informative(group, config.advantage):
+        return "zero_variance"
+    return ""
+
+
+def lag(group: Group, t: int) -> int:
+    """Of its oldest token: trained version (= t) − token version, never below 0."""
+    return max(0, t - min(rollout.oldest_version for rollout in group.rollouts))
+
+
+def fate(group: Group, t: int, config: LearnerConfig) -> str:
+    """Why step t cannot use this group, "" when it can."""
+    return defect(group, config) or ("stale" if lag(group, t) > config.max_lag else "")
+
+
+def select(ledger: Ledger, config: LearnerConfig) -> Batch | None:
+    """The batch of step `ledger.t`, or None while it is not determined yet."""
+    t = ledger.t
+    limit = max(1, round(config.refill_limit * config.groups_per_step))
+    main, dropped, seen = _first_usable(ledger.buffered("main")[:limit], config.groups_per_step, t, config)
+    if len(main) < config.groups_per_step and seen < limit:
+        return None
+    last = max((entry.order for entry in main), default=-1)
+    before = [entry for entry in ledger.buffered("aux") if entry.order < last]
+    aux, stale, _ = _first_usable(before, config.n_aux, t, config)
+    return Batch(t, tuple(entry.item for entry in [*main, *aux]), tuple(dropped + stale), seen)
+
+
+def _first_usable(
+    entries: list[Entry], count: int, t: int, config: LearnerConfig
+) -> tuple[list[Entry], list[tuple[int, str]], int]:
+    """(the first `count` usable, the unusable before the last of them, how many were looked at)."""
+    usable: list[Entry] = []
+    dropped: list[tuple[int, str]] = []
+    for seen, entry in enumerate(entries):
+        if len(usable) == count:
+            return usable, dropped, seen
+        reason = fate(entry.item.group, t, config)
+        if reason:
+            dropped.append((entry.ticket.id, reason))
+        else:
+            usable.append(entry)
+    return usable, dropped, len(entries)

@@ -1,0 +1,93 @@
+"""Who works on which open ticket just now, and how often it went wrong. Soft state: a restart forgets it.
+
+Times are `time.monotonic()` seconds given by the caller.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+Peer = bytes  # routing id of a connection
+
+
+@dataclass(slots=True)
+class Lease:
+    peer: Peer
+    attempt: int
+    expires: float
+
+
+@dataclass(slots=True)
+class Leases:
+    lease_s: float
+    infra_budget: int
+    data_budget: int
+    waiting: deque[int] = field(default_factory=deque)  # open tickets that nobody holds
+    held: dict[int, Lease] = field(default_factory=dict)
+    expired: int = 0
+    _attempts: Counter[int] = field(default_factory=Counter)
+    _infra: Counter[int] = field(default_factory=Counter)
+    _data: Counter[int] = field(default_factory=Counter)
+
+    def of(self, peer: Peer) -> list[int]:
+        return [id_ for id_, lease in self.held.items() if lease.peer == peer]
+
+    def count(self) -> Counter[Peer]:
+        return Counter(lease.peer for lease in self.held.values())
+
+    def lease(self, id_: int, peer: Peer, now: float) -> int:
+        """Give ticket `id_` to `peer`; the number of this attempt."""
+        attempt = self._attempts[id_]
+        self._attempts[id_] += 1
+        self.held[id_] = Lease(peer, attempt, now + self.lease_s)
+        return attempt
+
+    def claim(self, ids: Iterable[int], peer: Peer, now: float) -> None:
+        """`peer` says it has these tickets: they are its own again, at the attempt they were."""
+        for id_ in ids:
+            lease = self.held.get(id_)
+            attempt = lease.attempt if lease else max(0, self._attempts[id_] - 1)
+            if lease is None and id_ in self.waiting:
+                self.waiting.remove(id_)
+            self.held[id_] = Lease(peer, attempt, now + self.lease_s)
+
+    def renew(self, ids: Iterable[int], peer: Peer, now: float) -> None:
+        for id_ in ids:
+            lease = self.held.get(id_)
+            if lease is not None and lease.peer == peer:
+                lease.expires = now + self.lease_s
+
+    def postpone(self, seconds: float) -> None:
+        """The learner itself stood still: nobody's lease ran in that time."""
+        for lease in self.held.values():
+            lease.expires += seconds
+
+    def end(self, id_: int) -> None:
+        """The ticket is closed or its group admitted."""
+        if self.held.pop(id_, None) is None and id_ in self.waiting:
+            self.waiting.remove(id_)
+        for counter in (self._attempts, self._infra, self._data):
+            counter.pop(id_, None)
+
+    def give_back(self, id_: int, blame: str) -> bool:
+        """Attempt failed; True when the ticket may be tried again (it waits, in front), False when its budget is spent."""
+        self.held.pop(id_, None)
+        if blame == "infra":
+            self._infra[id_] += 1
+        elif blame == "data":
+            self._data[id_] += 1
+        if self._infra[id_] >= self.infra_budget or self._data[id_] >= self.data_budget:
+            return False
+        self.waiting.appendleft(id_)
+        return True
+
+    def overdue(self, now: float) -> list[int]:
+        late = [id_ for id_, lease in self.held.items() if lease.expires < now]
+        self.expired += len(late)
+        return late
+
+    def attempt(self, id_: int, peer: Peer) -> int | None:
+        lease = self.held.get(id_)
+        return lease.attempt if lease is not None and lease.peer == peer else None

@@ -1,0 +1,261 @@
+"""Every ticket's state, as a fold over the journal: `apply` is the only way it changes.
+
+     issue ──▶ open ──▶ admit ──▶ buffered ──▶ step ──▶ trained | dropped: zero_variance | stale | …
+                 └──▶ drop: failed | surplus          (eval: admit ──▶ evaluated)
+
+At every instant, for every kind: issued = trained + evaluated + dropped (by reason) + buffered + in flight.
+Who holds which ticket just now is not here (leases.py): that may be forgotten, this may not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import msgspec
+
+from common import wire
+from common.errors import JournalError
+from common.journal import Position
+from common.records import Admit, AnyRecord, ConfigChange, Drop, Finish, Issue, Open, Step
+from common.wire import Codec, Group, Ticket
+from learner.evaluation import Evaluation
+
+TERMINAL = {"main": "trained", "aux": "trained", "eval": "evaluated", "propose": "trained", "score": "scored"}
+
+
+class Item(NamedTuple):
+    """A group and the ticket that asked for it: all that a batch is made of."""
+
+    ticket: Ticket
+    group: Group
+
+
+@dataclass(slots=True)
+class Entry:
+    """An open ticket. `order` counts admissions, -1 before its own."""
+
+    ticket: Ticket
+    issued_at: Position
+    group: Group | None = None
+    order: int = -1
+
+    @property
+    def item(self) -> Item:
+        assert self.group is not None, f"ticket {self.ticket.id} has no group yet"
+        return Item(self.ticket, self.group)
+
+
+class Sums(msgspec.Struct, kw_only=True):
+    """One kind's conservation line."""
+
+    issued: int = 0
+    trained: int = 0
+    evaluated: int = 0
+    scored: int = 0
+    dropped: dict[str, int] = {}
+    buffered: int = 0
+    in_flight: int = 0
+
+    @property
+    def holds(self) -> bool:
+        ended = self.trained + self.evaluated + self.scored + sum(self.dropped.values())
+        return self.issued == ended + self.buffered + self.in_flight
+
+
+class Fold(msgspec.Struct, kw_only=True):
+    """The ledger as a checkpoint keeps it; groups and tickets are read again from the journal."""
+
+    end: tuple[str, int]  # where the next record will stand
+    oldest: tuple[str, int]  # first record that may still be needed
+    next_id: int
+    low: int
+    closed: list[int]
+    sums: dict[str, Sums]
+    t: int
+    cursor: int
+    admitted: int
+    main: list[int]
+    aux: list[int]
+    again: list[int]  # tickets whose prompts are to be asked again …
+    again_frames: list[bytes]  # … which are closed, so they are kept here
+    open: list[tuple[int, int]]  # (id, admission order)
+    evaluations: dict[str, Evaluation]
+    learner_config: dict[str, Any] | None = None
+    finished: str = ""
+
+
+@dataclass(slots=True)
+class Ledger:
+    open: dict[int, Entry] = field(default_factory=dict)
+    main: list[int] = field(default_factory=list)  # admitted, not yet consumed, in admission order
+    aux: list[int] = field(default_factory=list)
+    again: list[Ticket] = field(default_factory=list)  # dropped as stale: their prompts come first
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    t: int = 0  # steps done
+    cursor: int = 0  # next position of the prompt stream
+    next_id: int = 0
+    finished: str = ""
+    learner_config: dict[str, Any] | None = None  # as the journal last said
+    _low: int = 0  # every id below is closed
+    _closed: set[int] = field(default_factory=set)  # closed ids from _low on
+    _admitted: int = 0
+    _sums: dict[str, Sums] = field(default_factory=dict)
+    _codec: Codec = field(default_factory=lambda: Codec(wire.FromActor))
+    _tickets: Codec = field(default_factory=lambda: Codec(Ticket))
+
+    def apply(self, record: AnyRecord, at: Position, group: Group | None = None) -> None:
+        """Fold one record in. `group` is the decoded frame of an Admit, where the caller has it already."""
+        match record:
+            case Issue(ticket=ticket):
+                self._issue(ticket, at)
+            case Admit(ticket=id_, frame=frame):
+                self._admit(id_, group or self._codec.decode(frame))
+            case Step(t=t, consumed=consumed, dropped=dropped):
+                self._step(t, consumed, dropped)
+            case Drop(ticket=id_, reason=reason):
+                self._close(id_, reason)
+            case Finish(reason=reason):
+                self.finished = reason
+            case Open(config=config):
+                self.learner_config = self.learner_config or config.get("learner")
+                self.finished = ""
+            case ConfigChange(overrides=overrides):
+                self.learner_config = overrides.get("learner", self.learner_config)
+
+    def is_closed(self, id_: int) -> bool:
+        return id_ < self._low or id_ in self._closed
+
+    def in_flight(self) -> Iterator[Entry]:
+        return (entry for entry in self.open.values() if entry.group is None)
+
+    def buffered(self, kind: str) -> list[Entry]:
+        return [self.open[id_] for id_ in (self.main if kind == "main" else self.aux)]
+
+    def sums(self) -> dict[str, Sums]:
+        """A conservation line for every kind seen; buffered and in flight are counted, not derived."""
+        for sums in self._sums.values():
+            sums.buffered = sums.in_flight = 0
+        for entry in self.open.values():
+            sums = self._sums[entry.ticket.kind]
+            if entry.group is None:
+                sums.in_flight += 1
+            else:
+                sums.buffered += 1
+        return self._sums
+
+    # ---- the fold, saved and restored ------------------------------------------------------------------------
+
+    def dump(self, end: Position) -> bytes:
+        oldest = min((e.issued_at for e in self.open.values()), default=end)
+        fold = Fold(
+            end=tuple(end),
+            oldest=tuple(oldest),
+            next_id=self.next_id,
+            low=self._low,
+            closed=sorted(self._closed),
+            sums=self._sums,
+            t=self.t,
+            cursor=self.cursor,
+            admitted=self._admitted,
+            main=self.main,
+            aux=self.aux,
+            again=[ticket.id for ticket in self.again],
+            again_frames=[bytes(self._tickets.encode(ticket)) for ticket in self.again],
+            open=[(id_, entry.order) for id_, entry in self.open.items()],
+            evaluations=self.evaluations,
+            learner_config=self.learner_config,
+            finished=self.finished,
+        )
+        return msgspec.msgpack.encode(fold)
+
+    @classmethod
+    def restore(cls, data: bytes, records: Iterator[tuple[Position, AnyRecord]]) -> tuple[Ledger, Fold]:
+        """The ledger of a checkpoint. `records` start at the fold's `oldest`; those up to its `end` are consumed."""
+        fold = msgspec.msgpack.decode(data, type=Fold)
+        orders = dict(fold.open)
+        codec = Codec(Ticket)
+        self = cls(
+            main=fold.main,
+            aux=fold.aux,
+            again=[codec.decode(frame) for frame in fold.again_frames],
+            evaluations=fold.evaluations,
+            t=fold.t,
+            cursor=fold.cursor,
+            next_id=fold.next_id,
+            finished=fold.finished,
+            learner_config=fold.learner_config,
+            _low=fold.low,
+            _closed=set(fold.closed),
+            _admitted=fold.admitted,
+            _sums=fold.sums,
+        )
+        for at, record in records:
+            if isinstance(record, Issue) and record.ticket.id in orders:
+                self.open[record.ticket.id] = Entry(record.ticket, at)
+            elif isinstance(record, Admit) and orders.get(record.ticket, -1) >= 0:
+                entry = self.open[record.ticket]
+                entry.group, entry.order = self._codec.decode(record.frame), orders[record.ticket]
+        missing = [i for i, order in fold.open if i not in self.open or (order >= 0) != (self.open[i].order >= 0)]
+        if missing:
+            raise JournalError(f"the journal lacks tickets {missing[:5]} that the checkpoint of step {fold.t} needs")
+        return self, fold
+
+    # ---- transitions -----------------------------------------------------------------------------------------
+
+    def _issue(self, ticket: Ticket, at: Position) -> None:
+        if ticket.id in self.open or self.is_closed(ticket.id):
+            raise JournalError(f"ticket {ticket.id} is issued twice (at {at})")
+        self.open[ticket.id] = Entry(ticket, at)
+        self.next_id = max(self.next_id, ticket.id + 1)
+        self.cursor = max(self.cursor, ticket.cursor + 1)
+        self.again = [old for old in self.again if old.id != ticket.parent]
+        self._sums.setdefault(ticket.kind, Sums()).issued += 1
+        if ticket.kind == "eval":
+            self.evaluations.setdefault(ticket.label, Evaluation()).issued.append(ticket.problem)
+
+    def _admit(self, id_: int, group: Group) -> None:
+        entry = self.open.get(id_)
+        if entry is None or entry.group is not None:
+            raise JournalError(f"ticket {id_} is admitted twice, or was never issued")
+        entry.group, entry.order = group, self._admitted
+        self._admitted += 1
+        if entry.ticket.kind == "main":
+            self.main.append(id_)
+        elif entry.ticket.kind == "aux":
+            self.aux.append(id_)
+        elif entry.ticket.kind == "eval":
+            self.evaluations[entry.ticket.label].add(group)
+            self._close(id_, "evaluated")
+
+    def _step(self, t: int, consumed: tuple[int, ...], dropped: tuple[tuple[int, str], ...]) -> None:
+        if t != self.t:
+            raise JournalError(f"step {t} is recorded where step {self.t} was due")
+        for id_, reason in dropped:
+            if reason == "stale" and self.open[id_].ticket.kind == "main":
+                self.again.append(self.open[id_].ticket)
+            self._close(id_, reason)
+        for id_ in consumed:
+            self._close(id_, TERMINAL[self.open[id_].ticket.kind])
+        gone = {*consumed, *(id_ for id_, _ in dropped)}
+        self.main = [id_ for id_ in self.main if id_ not in gone]
+        self.aux = [id_ for id_ in self.aux if id_ not in gone]
+        self.t = t + 1
+
+    def _close(self, id_: int, fate: str) -> None:
+        entry = self.open.pop(id_, None)
+        if entry is None:
+            raise JournalError(f"ticket {id_} ends as {fate!r} but is not open")
+        sums = self._sums[entry.ticket.kind]
+        if fate in ("trained", "evaluated", "scored"):
+            setattr(sums, fate, getattr(sums, fate) + 1)
+        else:
+            sums.dropped = dict(Counter(sums.dropped) + Counter({fate: 1}))
+            if entry.ticket.kind == "eval":
+                self.evaluations[entry.ticket.label].failed += 1
+        self._closed.add(id_)
+        while self._low in self._closed:
+            self._closed.discard(self._low)
+            self._low += 1
