@@ -1,0 +1,149 @@
+"""Sockets of both sides, over real TCP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import zmq
+
+from common.channel import Keys, bind_router, connect_dealer, is_local
+from common.errors import ConfigError
+
+ANY = "tcp://127.0.0.1:*"
+
+
+@pytest.fixture
+def contexts() -> Iterator[tuple[zmq.Context[zmq.Socket[bytes]], zmq.Context[zmq.Socket[bytes]]]]:
+    """The learner's and an actor's: they are processes apart in life, and each has its own authenticator."""
+    learner, actor = zmq.Context(), zmq.Context()
+    yield learner, actor
+    learner.destroy(0)
+    actor.destroy(0)
+
+
+Contexts = tuple[zmq.Context[zmq.Socket[bytes]], zmq.Context[zmq.Socket[bytes]]]
+
+
+def _pair(*trusted: bytes) -> Keys:
+    return Keys(*zmq.curve_keypair(), peers=trusted)
+
+
+def _arrives(router: zmq.Socket[bytes], within_ms: int) -> bool:
+    return bool(router.poll(within_ms))
+
+
+def test_the_endpoint_really_bound_is_returned_and_speaks_both_ways(contexts: Contexts) -> None:
+    router, endpoint = bind_router(contexts[0], ANY)
+    assert endpoint.startswith("tcp://127.0.0.1:")
+    assert not endpoint.endswith((":0", ":*"))
+    dealer = connect_dealer(contexts[1], endpoint)
+    dealer.send(b"hello")
+    routing_id, frame = router.recv_multipart()
+    assert frame == b"hello"
+    router.send_multipart([routing_id, b"welcome"])
+    assert dealer.recv() == b"welcome"
+
+
+def test_port_0_is_the_kernels_choice_too(contexts: Contexts) -> None:
+    _, endpoint = bind_router(contexts[0], "tcp://127.0.0.1:0")
+    assert int(endpoint.rpartition(":")[2]) > 0
+
+
+def test_sending_to_a_peer_that_left_is_an_error_not_silence(contexts: Contexts) -> None:
+    router, _ = bind_router(contexts[0], ANY)
+    with pytest.raises(zmq.ZMQError) as failure:
+        router.send_multipart([b"nobody", b"x"], zmq.NOBLOCK)
+    assert failure.value.errno == zmq.EHOSTUNREACH
+
+
+def test_a_port_in_use_is_one_line_that_names_it_and_the_way_out(contexts: Contexts) -> None:
+    _, endpoint = bind_router(contexts[0], ANY)
+    with pytest.raises(ConfigError, match=f"{endpoint} is in use.*another port"):
+        bind_router(contexts[1], endpoint)
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["tcp://*:*", "tcp://0.0.0.0:*", "tcp://192.0.2.1:5555", "tcp://some.host:1"]
+)
+def test_leaving_loopback_without_keys_is_refused_with_the_command_that_makes_them(
+    contexts: Contexts, endpoint: str
+) -> None:
+    for make in (bind_router, connect_dealer):
+        with pytest.raises(ConfigError, match="isentrope keys"):
+            make(contexts[0], endpoint)
+
+
+def test_nonsense_is_a_configuration_error(contexts: Contexts) -> None:
+    for make in (bind_router, connect_dealer):
+        with pytest.raises(ConfigError, match=r"tcp://"):
+            make(contexts[0], "tcp://127.0.0.1:many")
+
+
+def test_only_this_machine_is_local() -> None:
+    assert all(
+        map(
+            is_local,
+            [
+                "tcp://127.0.0.1:5",
+                "tcp://127.9.9.9:5",
+                "tcp://localhost:5",
+                "ipc:///x",
+                "inproc://x",
+            ],
+        )
+    )
+    assert not any(
+        map(is_local, ["tcp://*:5", "tcp://10.0.0.1:5", "tcp://learner:5", "tcp://0.0.0.0:5"])
+    )
+
+
+def test_a_listed_key_is_admitted_also_off_loopback(contexts: Contexts) -> None:
+    server = _pair()
+    actor = _pair(server.public)
+    router, endpoint = bind_router(
+        contexts[0], "tcp://0.0.0.0:*", server._replace(peers=(actor.public,))
+    )
+    dealer = connect_dealer(contexts[1], endpoint.replace("0.0.0.0", "127.0.0.1"), actor)
+    dealer.send(b"hello")
+    assert _arrives(router, 5_000)
+    assert router.recv_multipart()[1] == b"hello"
+
+
+def test_a_stranger_and_one_without_keys_are_not_heard_while_a_listed_one_is(
+    contexts: Contexts,
+) -> None:
+    server = _pair()
+    listed, stranger = _pair(server.public), _pair(server.public)
+    router, endpoint = bind_router(contexts[0], ANY, server._replace(peers=(listed.public,)))
+    words = {b"stranger": stranger, b"nobody": None, b"listed": listed}
+    dealers = {word: connect_dealer(contexts[1], endpoint, keys) for word, keys in words.items()}
+    for word, dealer in dealers.items():
+        dealer.send(word)
+    assert _arrives(router, 5_000)
+    assert router.recv_multipart()[1] == b"listed"
+    assert not _arrives(router, 300)
+
+
+def test_an_actor_does_not_speak_to_a_learner_with_another_key(contexts: Contexts) -> None:
+    server, impostor = _pair(), _pair()
+    actor = _pair(server.public)
+    router, endpoint = bind_router(contexts[0], ANY, impostor._replace(peers=(actor.public,)))
+    dealer = connect_dealer(contexts[1], endpoint, actor)
+    dealer.send(b"hello")
+    assert not _arrives(router, 300)
+
+
+def test_keys_that_trust_nobody_are_refused(contexts: Contexts) -> None:
+    with pytest.raises(ConfigError, match="no peer"):
+        bind_router(contexts[0], ANY, _pair())
+
+
+def test_a_message_far_over_the_limit_never_arrives_and_others_still_do(contexts: Contexts) -> None:
+    router, endpoint = bind_router(contexts[0], ANY, max_bytes=1_000)
+    huge, small = (connect_dealer(contexts[1], endpoint, max_bytes=1_000) for _ in range(2))
+    huge.send(bytes(5_000))
+    small.send(b"small")
+    assert _arrives(router, 5_000)
+    assert router.recv_multipart()[1] == b"small"
+    assert not _arrives(router, 300)
