@@ -1,0 +1,224 @@
+"""The journal: an append-only list of records, durable in groups, one folder of segment files.
+
+A learner writes segments of its own incarnation only (segments.py has the bytes). Its first record,
+Open, seals its predecessors at (segment, length): whatever they write later does not exist.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from common.errors import JournalError
+from common.records import AnyRecord, Open
+from common.runfolder import incarnation_of, sync_folder
+from common.segments import (
+    HEAD,
+    MAGIC,
+    Bytes,
+    decode,
+    encode,
+    extents,
+    payloads,
+    record_codec,
+    segments,
+)
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_IOV_MAX = 1024  # pieces that one call takes on Linux
+_sync = getattr(os, "fdatasync", os.fsync)  # either makes the size of a grown file durable
+
+
+class Position(NamedTuple):
+    """Where a record starts. Positions of one journal compare in journal order."""
+
+    segment: str
+    offset: int
+
+
+class DiskFull(JournalError):
+    """Nothing is lost: what was appended is still pending, and a later commit may succeed."""
+
+
+class Journal:
+    """The one writer. Opens no file before the first commit."""
+
+    def __init__(self, folder: Path, incarnation: int, segment_bytes: int = 64 << 20) -> None:
+        newest = max((incarnation_of(path.stem) for path in segments(folder)), default=0)
+        if newest >= incarnation:
+            raise JournalError(
+                f"{folder} was written by incarnation {newest}; {incarnation} may write no more"
+            )
+        self.folder = folder
+        self.incarnation = incarnation
+        self.segment_bytes = segment_bytes
+        self._codec = record_codec()
+        self._broken = ""  # why no later call may succeed
+        self._fd: int | None = None
+        self._number = 0
+        self._written = 0  # bytes of the segment that are durable
+        self._pending: list[Bytes] = [MAGIC]
+        self._pending_bytes = len(MAGIC)
+
+    def append(self, record: AnyRecord) -> Position:
+        """Queue a record for the next commit. An Admit's frame is kept by reference until then."""
+        self._check()
+        if not self._pending and self._written >= self.segment_bytes:
+            self._roll()
+        start = self.end()
+        if (self._number, start.offset) == (0, len(MAGIC)):
+            assert isinstance(record, Open), "the first record of an incarnation is its Open"
+        pieces = encode(record, self._codec)
+        self._pending += pieces
+        self._pending_bytes += sum(map(len, pieces))
+        return start
+
+    def commit(self) -> None:
+        """Make everything appended durable: one write, one fsync.
+
+        Raises DiskFull, after which it may be called again, or a JournalError that is final.
+        """
+        self._check()
+        if not self._pending:
+            return
+        if self._fd is None:
+            self._fd = self._create()
+        self._write(self._fd)
+        try:
+            _sync(self._fd)
+        except OSError as error:
+            # the kernel may have dropped the pages: a second fsync could bless bytes that are gone
+            self._fail(
+                f"fsync failed ({error.strerror}); restart the learner once the disk is sound"
+            )
+        self._written += self._pending_bytes
+        self._pending, self._pending_bytes = [], 0
+
+    def end(self) -> Position:
+        """Where the next record starts."""
+        return Position(self._name, self._written + self._pending_bytes)
+
+    def prune(self, oldest: Position) -> None:
+        """Delete the segments that end before `oldest`, the oldest first."""
+        for path in segments(self.folder):
+            if path.stem < oldest.segment:
+                path.unlink()
+
+    def close(self) -> None:
+        """Commit what is pending (unless the journal is broken) and close the file."""
+        if not self._broken:
+            self.commit()
+        self._broken = self._broken or "it is closed"
+        self._close_segment()
+
+    @property
+    def _name(self) -> str:
+        return f"{self.incarnation:06d}-{self._number:06d}"
+
+    def _roll(self) -> None:
+        self._close_segment()
+        self._number, self._written = self._number + 1, 0
+        self._pending, self._pending_bytes = [MAGIC], len(MAGIC)
+
+    def _close_segment(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _create(self) -> int:
+        path = self.folder / f"{self._name}.journal"
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            sync_folder(self.folder)
+        except OSError as error:
+            if error.errno in _NO_SPACE:
+                raise DiskFull(f"no space for {path}; free some, nothing is lost") from None
+            self._fail(f"cannot create {path} ({error.strerror})")
+        return fd
+
+    def _write(self, fd: int) -> None:
+        """All pending bytes behind the durable ones; a full disk leaves the segment as it was."""
+        at = self._written
+        try:
+            for first in range(0, len(self._pending), _IOV_MAX):
+                at = _write_all(fd, self._pending[first : first + _IOV_MAX], at)
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                self._fail(
+                    f"write failed ({error.strerror}); restart the learner once the disk is sound"
+                )
+            self._cut_back(fd)
+            raise DiskFull(
+                f"no space for {self._pending_bytes} bytes of journal in {self.folder}; "
+                "free some, nothing is lost"
+            ) from None
+
+    def _cut_back(self, fd: int) -> None:
+        try:
+            os.ftruncate(fd, self._written)
+        except OSError as error:
+            self._fail(f"half-written records could not be cut off ({error.strerror})")
+
+    def _check(self) -> None:
+        if self._broken:
+            self._fail(self._broken)
+
+    def _fail(self, why: str) -> NoReturn:
+        self._broken = why
+        raise JournalError(f"the journal {self.folder} can not be written any more: {why}")
+
+
+def read(folder: Path, start: Position | None = None) -> Iterator[tuple[Position, AnyRecord]]:
+    """Every record from `start` (default: the oldest) with its position, in journal order.
+
+    Raises JournalError naming segment and offset of a damaged record, or when `start` is gone.
+    """
+    codec = record_codec()
+    found = extents(folder)
+    if start is not None and start.segment not in {extent.name for extent in found}:
+        raise JournalError(
+            f"{folder} has no segment {start.segment}; it was pruned, or is another run's"
+        )
+    for extent in found:
+        if start is None or extent.name >= start.segment:
+            first = start.offset if start and extent.name == start.segment else len(MAGIC)
+            for offset, payload in payloads(extent, first):
+                yield Position(extent.name, offset), decode(payload, codec, extent, offset)
+
+
+def seal_of(folder: Path) -> tuple[str, int] | None:
+    """(name, good length) of the last segment with a record, for the successor's Open.
+
+    Its torn tail is cut off. None when the journal has no segment. Raises JournalError on damage.
+    """
+    found = extents(folder)
+    for extent in reversed(found):
+        good = 0
+        for offset, payload in payloads(extent):
+            good = offset + HEAD.size + len(payload)
+        if good:
+            _cut(extent.path, good)
+            return extent.name, good
+    return (found[0].name, 0) if found else None
+
+
+def _cut(path: Path, length: int) -> None:
+    with path.open("r+b") as file:
+        file.truncate(length)
+        os.fsync(file.fileno())
+
+
+def _write_all(fd: int, pieces: list[Bytes], at: int) -> int:
+    """Write at offset `at`, also where the kernel takes only parts; returns the end's offset."""
+    left = [memoryview(piece) for piece in pieces]
+    while left:
+        taken = os.pwritev(fd, left, at)
+        at += taken
+        while left and taken >= len(left[0]):
+            taken -= len(left.pop(0))
+        if taken:
+            left[0] = left[0][taken:]
+    return at
