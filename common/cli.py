@@ -1,0 +1,82 @@
+"""The command `isentrope`: finds its subcommands by entry points, and turns our exceptions into one
+line.
+
+common imports neither actor nor learner: a subcommand is imported by name when it is called, or
+when the help needs its one-line summary. Their modules import click and configuration only; torch
+waits in the function bodies.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import EntryPoint, entry_points, version
+from typing import Any
+
+import click
+
+from common.errors import IsentropeError
+
+GROUP = "isentrope.commands"
+
+
+class Subcommands(click.Group):
+    """A group whose commands are entry points; one that cannot be imported does not break the
+    others."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [entry.name for entry in self._entries()]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        for entry in self._entries():
+            if entry.name == cmd_name:
+                return _load(entry)
+        return None
+
+    def _entries(self) -> list[EntryPoint]:
+        return list({entry.name: entry for entry in entry_points(group=GROUP)}.values())
+
+
+def _load(entry: EntryPoint) -> click.Command:
+    try:
+        command = entry.load()
+    except (ImportError, AttributeError, SyntaxError) as error:
+        return _broken(entry, error)
+    assert isinstance(command, click.Command), f"{entry.value} is no click command"
+    return command
+
+
+def _broken(entry: EntryPoint, error: Exception) -> click.Command:
+    """Stands where a command should: says why it cannot be loaded when it is called."""
+    why = f"cannot be loaded: {type(error).__name__}: {error}"
+
+    def say(args: tuple[str, ...]) -> None:
+        raise click.ClickException(f"`isentrope {entry.name}` {why}")
+
+    anything: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": []}
+    rest = click.Argument(["args"], nargs=-1, type=click.UNPROCESSED)
+    return click.Command(
+        entry.name, callback=say, params=[rest], short_help=f"({why})", context_settings=anything
+    )
+
+
+@click.group(cls=Subcommands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("isentrope"), prog_name="isentrope")
+def isentrope() -> None:
+    """Reinforcement learning for language models: asynchronous, exact, at the entropy you ask for.
+
+    Start with: isentrope run tiny
+    """
+
+
+def entry(command: click.Command, name: str | None = None) -> None:
+    """Run a command as a process' main: our errors are one line on stderr and their exit code."""
+    try:
+        command.main(prog_name=name)
+    except IsentropeError as error:
+        said = " ".join(str(error).split())
+        click.echo(f"{name or command.name}: {said}", err=True)
+        sys.exit(error.exit_code)
+
+
+def main() -> None:
+    entry(isentrope, "isentrope")

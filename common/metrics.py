@@ -1,0 +1,174 @@
+"""Numbers of a run: one line a step in metrics.jsonl, TensorBoard by option, and what each name
+means.
+
+    metrics = Metrics(run_folder, tensorboard=False)
+    metrics.write(step=3, {"reward": 0.5, "lag": {"0": 200, "1": 56}})
+
+After a resume the steps since the checkpoint are done again: `keep_until` cuts their old lines off,
+and `read` takes the last line of a step in any case.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+FILE = "metrics.jsonl"
+
+Value = float | int | None | Mapping[str, float | int | None]
+
+# Every name that may be written. A name that ends in "/" covers all that begin with it.
+GLOSSARY: dict[str, str] = {
+    "step": "number of the step, from 1; the step makes the weight version of the same number",
+    "time": "when the step ended (seconds since the epoch)",
+    "seconds": "training time so far, this process (s)",
+    "reward": "mean reward of the rollouts of the batch",
+    "correct": "share of the rollouts of the batch that are correct",
+    "length": "mean length of the responses of the batch (tokens)",
+    "truncated": "share of the responses that ended at max_tokens",
+    "entropy": "mean entropy of the policy at the tokens of the batch (nats per token)",
+    "loss": "value of the training loss; its gradient matters, its value rarely does",
+    "grad_norm": "norm of the gradient before clipping",
+    "lr": "learning rate of the step",
+    "ratio": "mean ratio current / proximal policy, by lag",
+    "clipped": "share of the tokens whose gradient the clip range stops, by lag",
+    "ess": "effective sample size of the importance weights (share of the tokens), by lag",
+    "kl": "KL(behaviour‖policy) estimated at the sampled tokens (nats per token), by lag",
+    "reward_by_lag": "mean reward, by lag",
+    "length_by_lag": "mean length (tokens), by lag",
+    "entropy_by_lag": "mean entropy (nats per token), by lag",
+    "lag": "rollouts of the batch by lag (trained version − version of the oldest token)",
+    "lag_mean": "mean lag of the rollouts of the batch (steps)",
+    "lag_max": "largest lag in the batch (steps); never above max_lag",
+    "groups": "groups of the batch",
+    "rollouts": "rollouts of the batch",
+    "dropped": "groups dropped at this step, by reason",
+    "issued": "main tickets issued so far",
+    "buffered": "groups admitted and not used yet",
+    "in_flight": "tickets issued and not answered yet",
+    "tokens": "response tokens trained on in this step",
+    "tokens_per_s": "response tokens trained on per second of the whole step, waiting included",
+    "sampled_tokens_per_s": "tokens sampled per second, all actors",
+    "actors": "actors connected",
+    "learner_idle": "share of the step that the learner waited for groups, 0…1",
+    "actor_idle": "mean share of the time that actors had nothing to decode, 0…1",
+    "step_s": "duration of the whole step (s)",
+    "wait_s": "of it, waiting for groups (s)",
+    "train_s": "of it, forward, backward and optimiser (s)",
+    "publish_s": "of it, publishing the new version (s)",
+    "checkpoint_s": "of it, writing a checkpoint (s)",
+    "heldout": "held-out accuracy of an evaluation that ended at this step",
+    "heldout_length": "mean length of its responses (tokens)",
+    "heldout_versions": "oldest and newest version that sampled them",
+    "entropy_predicted": "entropy change that first-order theory predicts (nats per token)",
+    "entropy_predicted_up": "its positive part",
+    "entropy_predicted_down": "its negative part",
+    "entropy_quadrants": "its four parts by sign of the advantage and of q − e^−H",
+    "entropy_realised": "entropy change on the same tokens after the update (nats per token)",
+    "entropy_measure_s": "what that measurement took (s)",
+    "entropy_correlation": "running correlation of predicted and realised change",
+    "entropy_slope": "running slope realised / predicted",
+    "entropy_bonus": "coefficient of the entropy bonus",
+    "methods/": "a number of a method: methods/NAME/NUMBER",
+}
+
+
+def known(name: str) -> bool:
+    return name in GLOSSARY or any(name.startswith(k) for k in GLOSSARY if k.endswith("/"))
+
+
+class Metrics:
+    """The sinks of one learner. `keep_until`: the step of the checkpoint it goes on from."""
+
+    def __init__(
+        self, folder: Path, tensorboard: bool = False, keep_until: int | None = None
+    ) -> None:
+        self.path = folder / FILE
+        if keep_until is not None:
+            _cut(self.path, keep_until)
+        self._file = self.path.open("ab", buffering=0)
+        purge = None if keep_until is None else keep_until + 1
+        self._board = Board(folder / "tensorboard", purge) if tensorboard else None
+
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        """Append one line; what is not finite becomes null. Names must be in the glossary."""
+        unknown = [name for name in values if not known(name)]
+        assert not unknown, f"no meaning in common/metrics.py:GLOSSARY for {', '.join(unknown)}"
+        line = {"step": step, "time": round(time.time(), 3), **values}
+        self._file.write(msgspec.json.encode(line) + b"\n")
+        if self._board is not None:
+            self._board.write(step, values)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run by step, the last one of each; a line cut by a kill is left out."""
+    by_step = {line["step"]: line for line in _lines(folder / FILE)}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for raw in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            line = msgspec.json.decode(raw)
+        except msgspec.DecodeError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def _cut(path: Path, keep_until: int) -> None:
+    """Leave out what a resumed run does again, and a line that a kill cut."""
+    kept = [line for line in _lines(path) if line["step"] <= keep_until]
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    aside.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in kept))
+    aside.replace(path)
+
+
+class Board:
+    """TensorBoard's event files, written without torch."""
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._writer = EventFileWriter(str(folder))
+        if purge_step is not None:  # readers forget what an earlier process wrote for these steps
+            start = SessionLog(status=SessionLog.SessionStatus.Value("START"))
+            self._writer.add_event(Event(wall_time=time.time(), step=purge_step, session_log=start))
+
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        numbers = [
+            Summary.Value(tag=tag, simple_value=number)
+            for tag, number in _flat(values).items()
+            if number is not None
+        ]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=numbers))
+        self._writer.add_event(event)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _flat(values: Mapping[str, Value]) -> dict[str, float | int | None]:
+    flat: dict[str, float | int | None] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}/{key}": number for key, number in value.items()}
+        else:
+            flat[name] = value
+    return flat

@@ -1,0 +1,134 @@
+"""What a learner says about itself while it runs: status.json in the run folder, and the same in
+Redis.
+
+The learner makes a `Status` and gives it to `StatusFile.write` as often as it likes; views read it
+with `read`. It is a picture for people: nothing decides by it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+FILE = "status.json"
+EVERY_S = 0.5
+
+Phase = Literal["starting", "evaluating", "waiting", "training", "publishing", "draining", "done"]
+PHASES: tuple[Phase, ...] = (
+    "starting",
+    "evaluating",
+    "waiting",
+    "training",
+    "publishing",
+    "draining",
+    "done",
+)
+
+
+class ActorStatus(msgspec.Struct, kw_only=True):
+    """One actor as of its last heartbeat."""
+
+    version: int = 0  # of the weights it samples from
+    tokens_per_s: float = 0.0
+    busy: float = 0.0  # share of the last seconds in which it had something to decode, 0…1
+    running: int = 0  # sequences being decoded
+    waiting: int = 0  # sequences without a slot
+    held: int = 0  # tickets
+    capacity: int = 0
+    kv_use: float = 0.0  # share of the KV cache in use, 0…1
+    pause_s: float = 0.0  # seconds spent so far with decoding held for a swap
+    silent_s: float = 0.0  # seconds since its last word
+
+
+class Heldout(msgspec.Struct, kw_only=True):
+    """One held-out evaluation, finished or under way."""
+
+    step: int
+    accuracy: float  # of the answers so far
+    length: float  # tokens, mean
+    done: int  # rollouts graded so far
+    of: int
+    versions: tuple[int, int] = (0, 0)  # oldest and newest version that sampled a token
+    label: str = ""
+
+
+class Status(msgspec.Struct, kw_only=True):
+    run: str = ""
+    incarnation: int = 0
+    at: float = 0.0  # seconds since the epoch
+    phase: Phase = "starting"
+    step: int = 0  # steps finished
+    steps: int = 0
+    version: int = 0  # of the published weights
+    seconds: float = 0.0  # since this process began to train
+    eta_s: float | None = None
+    reward: float | None = None  # of the last step
+    length: float | None = None
+    entropy: float | None = None
+    entropy_target: float | None = None
+    heldout: list[Heldout] = []
+    lags: dict[int, int] = {}  # lag -> rollouts trained on, over the run
+    max_lag: int = 0
+    groups: dict[
+        str, dict[str, int]
+    ] = {}  # kind -> fate -> tickets; also issued, buffered, in_flight
+    conserved: bool = True  # issued = trained + dropped + buffered + in flight, for every kind
+    learner_idle: float = 0.0  # share of the time without a batch to train on, 0…1
+    tokens_per_s: float = 0.0  # trained, over the last steps
+    actors: dict[str, ActorStatus] = {}
+    warnings: list[str] = []  # what a person should know now: a full disk, Redis away, no actors
+
+
+class StatusFile:
+    """Writes DIR/status.json atomically, at most every `EVERY_S`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+        self._next = 0.0
+
+    def due(self) -> bool:
+        """It is time for another one: ask before gathering the numbers."""
+        return time.monotonic() >= self._next
+
+    def write(self, status: Status, force: bool = False) -> bool:
+        """False when it was too early, or the disk refused: a picture is not worth stopping for."""
+        if not (force or self.due()):
+            return False
+        self._next = time.monotonic() + EVERY_S
+        aside = self.path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            aside.write_bytes(msgspec.json.encode(status))
+            aside.replace(self.path)
+        except OSError:
+            return False
+        return True
+
+
+def read(folder: Path) -> Status | None:
+    """The last status of a run, or None when there is none yet."""
+    try:
+        return decode((folder / FILE).read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def encode(status: Status) -> bytes:
+    return msgspec.json.encode(status)
+
+
+def decode(raw: bytes) -> Status | None:
+    """None for bytes that are no status (another version of this program wrote them)."""
+    try:
+        return msgspec.json.decode(raw, type=Status)
+    except msgspec.MsgspecError:
+        return None
+
+
+def actor_idle(status: Status) -> float:
+    """Mean idle share of the actors, 0…1; 0 when there is none."""
+    shares = [1.0 - actor.busy for actor in status.actors.values()]
+    return sum(shares) / len(shares) if shares else 0.0
