@@ -1,8 +1,10 @@
-"""The two ends of the channel between actors and the learner: how the sockets are made, nothing else.
+"""The two ends of the channel between actors and the learner: how the sockets are made, nothing
+else.
 
-The learner binds one ROUTER, every actor connects a DEALER; one message is one frame (wire.py). Off loopback both ends
-authenticate each other with CURVE: the learner admits the public keys it was given, an actor speaks only to the holder
-of the learner's key. What is said, and when, is up to the two loops.
+The learner binds one ROUTER, every actor connects a DEALER; one message is one frame (wire.py). Off
+loopback both ends authenticate each other with CURVE: the learner admits the public keys it was
+given, an actor speaks only to the holder of the learner's key. What is said, and when, is up to the
+two loops.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import zmq
 
 from common.errors import ConfigError
 
-HIGH_WATER = 512  # messages queued a peer; credits bound what is really under way, this bounds a peer that went mad
+HIGH_WATER = 512  # messages queued a peer; credits bound the work, this a peer that went mad
 HEARTBEAT_MS = 2_000
 DEAD_MS = 6_000  # a peer that answered no ZMTP ping for so long is gone
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # fixed by ZeroMQ's RFC 27
@@ -24,7 +26,9 @@ S = TypeVar("S", bound=zmq.Socket)  # type: ignore[type-arg]
 
 
 class Keys(NamedTuple):
-    """A CURVE key pair in Z85, and whom to trust: the learner lists its actors' keys, an actor the learner's one."""
+    """A CURVE key pair in Z85, and whom to trust: the learner lists its actors' keys, an actor the
+    learner's one.
+    """
 
     public: bytes
     secret: bytes
@@ -57,7 +61,8 @@ def bind_router(
 def connect_dealer(
     context: zmq.Context[S], endpoint: str, keys: Keys | None = None, max_bytes: int = 64 << 20
 ) -> S:
-    """An actor's socket with a routing id of its own; connecting goes on in the background, for ever.
+    """An actor's socket with a routing id of its own; connecting goes on in the background, for
+    ever.
 
     Raises ConfigError: the endpoint is unusable, or leaves loopback without keys.
     """
@@ -96,8 +101,8 @@ def _configure(socket: Any, max_bytes: int) -> None:
     socket.setsockopt(zmq.IPV6, 0)
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER)
     socket.setsockopt(zmq.RCVHWM, HIGH_WATER)
-    # Beyond this ZeroMQ drops the connection unread. Twice the limit: a message somewhat too long still reaches the
-    # codec, which refuses it by name, and the connection lives.
+    # Beyond this ZeroMQ drops the connection unread. Twice the limit: a message somewhat too long
+    # still reaches the codec, which refuses it by name, and the connection lives.
     socket.setsockopt(zmq.MAXMSGSIZE, 2 * max_bytes)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, DEAD_MS)
@@ -112,23 +117,26 @@ def _authenticate(socket: Any, keys: Keys) -> None:
 def _demand_keys(endpoint: str, keys: Keys | None, verb: str) -> None:
     if keys is not None and not keys.peers:
         raise ConfigError(
-            f"will not {verb} {endpoint}: the keys name no peer to trust; add one with `isentrope keys`"
+            f"will not {verb} {endpoint}: the keys name no peer to trust; "
+            "add one with `isentrope keys`"
         )
     if keys is None and not is_local(endpoint):
         raise ConfigError(
-            f"will not {verb} {endpoint} without keys: it leaves this machine; make a pair for each side with "
-            "`isentrope keys`, or use tcp://127.0.0.1:PORT"
+            f"will not {verb} {endpoint} without keys: it leaves this machine; "
+            "make a pair for each side with `isentrope keys`, or use tcp://127.0.0.1:PORT"
         )
 
 
 def _why_not_bound(endpoint: str, error: zmq.ZMQError) -> str:
     if error.errno == zmq.EADDRINUSE:
-        return f"{endpoint} is in use: end the process that holds it, or choose another port (0: any free one)"
-    return f"cannot bind {endpoint}: {error.strerror}; give tcp://127.0.0.1:PORT, or port 0 for any free one"
+        return f"{endpoint} is in use: end who holds it, or choose another port (0: any free one)"
+    return f"cannot bind {endpoint}: {error.strerror}; give tcp://127.0.0.1:PORT (0: any free port)"
 
 
 def _admit(context: zmq.Context[Any], allowed: tuple[bytes, ...]) -> None:
-    """Answer ZeroMQ's authentication requests (RFC 27) in this context, until the context is terminated."""
+    """Answer ZeroMQ's authentication requests (RFC 27) in this context, until the context is
+    terminated.
+    """
     plain: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(context.underlying)
     socket = plain.socket(zmq.REP)
     socket.setsockopt(zmq.LINGER, 0)

@@ -13,16 +13,37 @@ from common.errors import ConfigError
 ANY = "tcp://127.0.0.1:*"
 
 
+class Ends:
+    """Both sides' sockets, in two contexts: they are processes apart in life, and each has its own
+    authenticator."""
+
+    def __init__(self) -> None:
+        self.contexts: list[zmq.Context[zmq.Socket[bytes]]] = [zmq.Context(), zmq.Context()]
+        self.sockets: list[zmq.Socket[bytes]] = []
+
+    def bind(
+        self, endpoint: str, keys: Keys | None = None, **options: int
+    ) -> tuple[zmq.Socket[bytes], str]:
+        socket, bound = bind_router(self.contexts[0], endpoint, keys, **options)
+        self.sockets.append(socket)
+        return socket, bound
+
+    def connect(self, endpoint: str, keys: Keys | None = None, **options: int) -> zmq.Socket[bytes]:
+        self.sockets.append(connect_dealer(self.contexts[1], endpoint, keys, **options))
+        return self.sockets[-1]
+
+    def close(self) -> None:
+        for socket in self.sockets:
+            socket.close(0)
+        for context in self.contexts:
+            context.term()
+
+
 @pytest.fixture
-def contexts() -> Iterator[tuple[zmq.Context[zmq.Socket[bytes]], zmq.Context[zmq.Socket[bytes]]]]:
-    """The learner's and an actor's: they are processes apart in life, and each has its own authenticator."""
-    learner, actor = zmq.Context(), zmq.Context()
-    yield learner, actor
-    learner.destroy(0)
-    actor.destroy(0)
-
-
-Contexts = tuple[zmq.Context[zmq.Socket[bytes]], zmq.Context[zmq.Socket[bytes]]]
+def ends() -> Iterator[Ends]:
+    ends = Ends()
+    yield ends
+    ends.close()
 
 
 def _pair(*trusted: bytes) -> Keys:
@@ -33,11 +54,11 @@ def _arrives(router: zmq.Socket[bytes], within_ms: int) -> bool:
     return bool(router.poll(within_ms))
 
 
-def test_the_endpoint_really_bound_is_returned_and_speaks_both_ways(contexts: Contexts) -> None:
-    router, endpoint = bind_router(contexts[0], ANY)
+def test_the_endpoint_really_bound_is_returned_and_speaks_both_ways(ends: Ends) -> None:
+    router, endpoint = ends.bind(ANY)
     assert endpoint.startswith("tcp://127.0.0.1:")
     assert not endpoint.endswith((":0", ":*"))
-    dealer = connect_dealer(contexts[1], endpoint)
+    dealer = ends.connect(endpoint)
     dealer.send(b"hello")
     routing_id, frame = router.recv_multipart()
     assert frame == b"hello"
@@ -45,39 +66,39 @@ def test_the_endpoint_really_bound_is_returned_and_speaks_both_ways(contexts: Co
     assert dealer.recv() == b"welcome"
 
 
-def test_port_0_is_the_kernels_choice_too(contexts: Contexts) -> None:
-    _, endpoint = bind_router(contexts[0], "tcp://127.0.0.1:0")
+def test_port_0_is_the_kernels_choice_too(ends: Ends) -> None:
+    _, endpoint = ends.bind("tcp://127.0.0.1:0")
     assert int(endpoint.rpartition(":")[2]) > 0
 
 
-def test_sending_to_a_peer_that_left_is_an_error_not_silence(contexts: Contexts) -> None:
-    router, _ = bind_router(contexts[0], ANY)
+def test_sending_to_a_peer_that_left_is_an_error_not_silence(ends: Ends) -> None:
+    router, _ = ends.bind(ANY)
     with pytest.raises(zmq.ZMQError) as failure:
         router.send_multipart([b"nobody", b"x"], zmq.NOBLOCK)
     assert failure.value.errno == zmq.EHOSTUNREACH
 
 
-def test_a_port_in_use_is_one_line_that_names_it_and_the_way_out(contexts: Contexts) -> None:
-    _, endpoint = bind_router(contexts[0], ANY)
+def test_a_port_in_use_is_one_line_that_names_it_and_the_way_out(ends: Ends) -> None:
+    _, endpoint = ends.bind(ANY)
     with pytest.raises(ConfigError, match=f"{endpoint} is in use.*another port"):
-        bind_router(contexts[1], endpoint)
+        ends.bind(endpoint)
 
 
 @pytest.mark.parametrize(
     "endpoint", ["tcp://*:*", "tcp://0.0.0.0:*", "tcp://192.0.2.1:5555", "tcp://some.host:1"]
 )
 def test_leaving_loopback_without_keys_is_refused_with_the_command_that_makes_them(
-    contexts: Contexts, endpoint: str
+    ends: Ends, endpoint: str
 ) -> None:
-    for make in (bind_router, connect_dealer):
+    for make in (ends.bind, ends.connect):
         with pytest.raises(ConfigError, match="isentrope keys"):
-            make(contexts[0], endpoint)
+            make(endpoint)
 
 
-def test_nonsense_is_a_configuration_error(contexts: Contexts) -> None:
-    for make in (bind_router, connect_dealer):
+def test_nonsense_is_a_configuration_error(ends: Ends) -> None:
+    for make in (ends.bind, ends.connect):
         with pytest.raises(ConfigError, match=r"tcp://"):
-            make(contexts[0], "tcp://127.0.0.1:many")
+            make("tcp://127.0.0.1:many")
 
 
 def test_only_this_machine_is_local() -> None:
@@ -98,26 +119,24 @@ def test_only_this_machine_is_local() -> None:
     )
 
 
-def test_a_listed_key_is_admitted_also_off_loopback(contexts: Contexts) -> None:
+def test_a_listed_key_is_admitted_also_off_loopback(ends: Ends) -> None:
     server = _pair()
     actor = _pair(server.public)
-    router, endpoint = bind_router(
-        contexts[0], "tcp://0.0.0.0:*", server._replace(peers=(actor.public,))
-    )
-    dealer = connect_dealer(contexts[1], endpoint.replace("0.0.0.0", "127.0.0.1"), actor)
+    router, endpoint = ends.bind("tcp://0.0.0.0:*", server._replace(peers=(actor.public,)))
+    dealer = ends.connect(endpoint.replace("0.0.0.0", "127.0.0.1"), actor)
     dealer.send(b"hello")
     assert _arrives(router, 5_000)
     assert router.recv_multipart()[1] == b"hello"
 
 
 def test_a_stranger_and_one_without_keys_are_not_heard_while_a_listed_one_is(
-    contexts: Contexts,
+    ends: Ends,
 ) -> None:
     server = _pair()
     listed, stranger = _pair(server.public), _pair(server.public)
-    router, endpoint = bind_router(contexts[0], ANY, server._replace(peers=(listed.public,)))
+    router, endpoint = ends.bind(ANY, server._replace(peers=(listed.public,)))
     words = {b"stranger": stranger, b"nobody": None, b"listed": listed}
-    dealers = {word: connect_dealer(contexts[1], endpoint, keys) for word, keys in words.items()}
+    dealers = {word: ends.connect(endpoint, keys) for word, keys in words.items()}
     for word, dealer in dealers.items():
         dealer.send(word)
     assert _arrives(router, 5_000)
@@ -125,23 +144,23 @@ def test_a_stranger_and_one_without_keys_are_not_heard_while_a_listed_one_is(
     assert not _arrives(router, 300)
 
 
-def test_an_actor_does_not_speak_to_a_learner_with_another_key(contexts: Contexts) -> None:
+def test_an_actor_does_not_speak_to_a_learner_with_another_key(ends: Ends) -> None:
     server, impostor = _pair(), _pair()
     actor = _pair(server.public)
-    router, endpoint = bind_router(contexts[0], ANY, impostor._replace(peers=(actor.public,)))
-    dealer = connect_dealer(contexts[1], endpoint, actor)
+    router, endpoint = ends.bind(ANY, impostor._replace(peers=(actor.public,)))
+    dealer = ends.connect(endpoint, actor)
     dealer.send(b"hello")
     assert not _arrives(router, 300)
 
 
-def test_keys_that_trust_nobody_are_refused(contexts: Contexts) -> None:
+def test_keys_that_trust_nobody_are_refused(ends: Ends) -> None:
     with pytest.raises(ConfigError, match="no peer"):
-        bind_router(contexts[0], ANY, _pair())
+        ends.bind(ANY, _pair())
 
 
-def test_a_message_far_over_the_limit_never_arrives_and_others_still_do(contexts: Contexts) -> None:
-    router, endpoint = bind_router(contexts[0], ANY, max_bytes=1_000)
-    huge, small = (connect_dealer(contexts[1], endpoint, max_bytes=1_000) for _ in range(2))
+def test_a_message_far_over_the_limit_never_arrives_and_others_still_do(ends: Ends) -> None:
+    router, endpoint = ends.bind(ANY, max_bytes=1_000)
+    huge, small = (ends.connect(endpoint, max_bytes=1_000) for _ in range(2))
     huge.send(bytes(5_000))
     small.send(b"small")
     assert _arrives(router, 5_000)

@@ -1,1 +1,1 @@
-"""Text to reward parts, in worker processes with deadlines."""
+"""Text to reward parts: names to functions, a process of them, several with deadlines."""

@@ -1,0 +1,174 @@
+"""Grading processes with deadlines: a grader that hangs, crashes or answers nonsense costs one
+verdict, never the actor.
+
+Worker processes are started when they are first needed and spoken to over pipes (MessagePack, no
+pickle), so killing one by its id harms no other; a `concurrent.futures` pool is broken as a whole
+when one of its processes dies.
+
+All rollouts of a group are one question. If that fails they are asked again one by one, so that a
+single poisonous text does not take its siblings' verdicts with it. `exact` is pure and ours and
+takes microseconds: it is called in place, a hop to a process would cost the event loop more than
+the grading.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import sys
+from collections.abc import AsyncIterator, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from actor.grade.worker import LENGTH, Marks, Question, answer
+from common.errors import DeadlineError
+from common.wire import GradePart, Grading
+
+log = logging.getLogger(__name__)
+
+IN_PLACE = frozenset({"exact"})
+LOAD_S = 60.0  # to start a process and import a grader; not part of the deadline of grading
+
+
+class Verdict(NamedTuple):
+    """The parts of one rollout's reward in the order of the grading, or why there are none."""
+
+    parts: dict[str, float]
+    error: str = ""
+
+
+class Pool:
+    """At most `workers` grading processes; a question takes at most about twice `timeout_s`."""
+
+    def __init__(self, workers: int, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.killed = 0  # processes that missed a deadline
+        self._idle = [Worker() for _ in range(max(1, workers))]
+        self._workers = tuple(self._idle)
+        self._free = asyncio.Semaphore(len(self._idle))
+
+    async def grade(self, prompt: str, texts: Sequence[str], grading: Grading) -> list[Verdict]:
+        """One verdict a text; never raises because of a grader."""
+        if not grading.parts:
+            return [Verdict({}, "verifier_error: the ticket names no grader")] * len(texts)
+        columns = [await self._part(prompt, texts, grading, part) for part in grading.parts]
+        return [_verdict(grading.parts, scores) for scores in zip(*columns, strict=True)]
+
+    async def close(self) -> None:
+        for worker in self._workers:
+            await worker.end()
+
+    async def _part(
+        self, prompt: str, texts: Sequence[str], grading: Grading, part: GradePart
+    ) -> list[float | str | None]:
+        """One score a text, or a line about what went wrong with it."""
+        question = Question(
+            grader=part.grader,
+            prompt=prompt,
+            texts=list(texts),
+            gold=grading.gold,
+            columns=grading.columns,
+            options=part.options,
+        )
+        marks = await self._ask(question, self.timeout_s)
+        if not marks.error:
+            return list(marks.scores)
+        if len(texts) == 1:
+            return [marks.error]
+        share_s = self.timeout_s / len(texts)
+        alone = [msgspec.structs.replace(question, texts=[text]) for text in texts]
+        several = [await self._ask(one, share_s) for one in alone]
+        return [one.error or one.scores[0] for one in several]
+
+    async def _ask(self, question: Question, within_s: float) -> Marks:
+        if question.grader in IN_PLACE:
+            return answer(question)
+        async with self._worker() as worker:
+            try:
+                await worker.load(question)
+                return await worker.ask(question, within_s)
+            except (DeadlineError, EOFError, ConnectionError) as error:
+                self.killed += isinstance(error, DeadlineError)
+                worker.kill()
+                log.warning("grader %s: %s; its process is replaced", question.grader, error)
+                return Marks(error=str(error))
+
+    @contextlib.asynccontextmanager
+    async def _worker(self) -> AsyncIterator[Worker]:
+        async with self._free:
+            worker = self._idle.pop()
+            try:
+                yield worker
+            except asyncio.CancelledError:
+                worker.kill()  # in the middle of an answer that nobody reads
+                raise
+            finally:
+                self._idle.append(worker)
+
+
+class Worker:
+    """One process, started at the first question and again after it was killed."""
+
+    def __init__(self) -> None:
+        self._process: asyncio.subprocess.Process | None = None
+        self._loaded: set[str] = set()
+        self._decode = msgspec.msgpack.Decoder(Marks).decode
+
+    async def load(self, question: Question) -> None:
+        """Import the grader, once a process: that may take long and is not the text's fault."""
+        if question.grader not in self._loaded:
+            await self.ask(msgspec.structs.replace(question, texts=[]), LOAD_S)
+            self._loaded.add(question.grader)
+
+    async def ask(self, question: Question, within_s: float) -> Marks:
+        """Raises DeadlineError, or EOFError / ConnectionError when the process died over it."""
+        process = self._process or await self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        frame = msgspec.msgpack.encode(question)
+        process.stdin.write(LENGTH.pack(len(frame)) + frame)
+        try:
+            async with asyncio.timeout(within_s):
+                await process.stdin.drain()
+                head = await process.stdout.readexactly(LENGTH.size)
+                return self._decode(await process.stdout.readexactly(LENGTH.unpack(head)[0]))
+        except TimeoutError:
+            raise DeadlineError(f"no verdict within {within_s:.3g} s") from None
+        except asyncio.IncompleteReadError:
+            raise EOFError("the grading process died") from None
+
+    def kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+        self._process = None
+        self._loaded.clear()
+
+    async def end(self) -> None:
+        process = self._process
+        self.kill()
+        if process is not None:
+            await process.wait()
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        pipe = asyncio.subprocess.PIPE
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "actor.grade.worker", stdin=pipe, stdout=pipe
+        )
+        return self._process
+
+
+def _verdict(parts: Sequence[GradePart], scores: Sequence[float | str | None]) -> Verdict:
+    """The first part is the raw correctness and must be there; a later part may abstain."""
+    for part, score in zip(parts, scores, strict=True):
+        if isinstance(score, str):
+            return Verdict({}, f"verifier_error: {part.name}: {score}")
+        if score is not None and not math.isfinite(score):
+            return Verdict({}, f"verifier_error: {part.name}: {score} is no reward")
+    if scores[0] is None:
+        return Verdict({}, f"verifier_error: {parts[0].name}: no verdict")
+    named = zip(parts, scores, strict=True)
+    return Verdict({part.name: score for part, score in named if isinstance(score, float)})

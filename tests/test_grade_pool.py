@@ -1,0 +1,178 @@
+"""Grading in real processes: what hangs, crashes or lies costs its own verdict only."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from actor.grade.pool import Pool, Verdict
+from common.wire import GradePart, Grading
+
+GRADERS = """
+import os, sys, time
+
+def length(completions, **columns):
+    return [float(len(text)) for text in completions]
+
+def columns(completions, answer, weight, gold, prompts, scale=1.0):
+    assert len(answer) == len(weight) == len(gold) == len(prompts) == len(completions)
+    return [scale * w * (t == a == g) for t, a, w, g in zip(completions, answer, weight, gold)]
+
+def poisoned(completions, **columns):
+    if "hang" in completions:
+        time.sleep(1_000)
+    if "die" in completions:
+        os._exit(1)
+    if "raise" in completions:
+        raise ZeroDivisionError("one\\ntwo")
+    return [1.0] * len(completions)
+
+def odd(completions, **columns):
+    return [{"nan": float("nan"), "none": None}.get(text, 0.5) for text in completions]
+
+def short(completions, **columns):
+    return [1.0]
+
+def chatty(completions, **columns):
+    print("noise " * 1_000)
+    return [float("torch" in sys.modules)] * len(completions)
+
+def pid(completions, **columns):
+    return [float(os.getpid())] * len(completions)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _graders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A module of graders that worker processes can import, as a user's would be."""
+    (tmp_path / "our_graders.py").write_text(GRADERS)
+    paths = [str(tmp_path), str(Path(__file__).parent.parent)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    yield
+    sys.modules.pop("our_graders", None)
+
+
+@pytest.fixture
+async def pool() -> AsyncIterator[Pool]:
+    pool = Pool(workers=1, timeout_s=1.0)
+    yield pool
+    await pool.close()
+
+
+def _grading(*functions: str, gold: str = "", **columns: object) -> Grading:
+    parts = tuple(GradePart(name=f, grader=f"python:our_graders:{f}") for f in functions)
+    return Grading(gold=gold, parts=parts, columns=columns)
+
+
+async def test_exact_is_graded_without_a_process(pool: Pool) -> None:
+    part = GradePart(name="correct", grader="exact", options={"after": "#"})
+    grading = Grading(gold="3", parts=(part,))
+    verdicts = await pool.grade("1+2?", ["1+2=3#3", "#4"], grading)
+    assert verdicts == [Verdict({"correct": 1.0}), Verdict({"correct": 0.0})]
+    assert all(worker._process is None for worker in pool._workers)
+
+
+async def test_a_users_function_is_called_with_trl_s_signature(pool: Pool) -> None:
+    part = GradePart(name="x", grader="python:our_graders:columns", options={"scale": 2.0})
+    grading = Grading(gold="a", parts=(part,), columns={"answer": "a", "weight": 3.0})
+    verdicts = await pool.grade("?", ["a", "b"], grading)
+    assert verdicts == [Verdict({"x": 6.0}), Verdict({"x": 0.0})]
+
+
+async def test_several_parts_come_back_by_name_in_order(pool: Pool) -> None:
+    (verdict,) = await pool.grade("?", ["abc"], _grading("length", "chatty"))
+    assert list(verdict.parts.items()) == [("length", 3.0), ("chatty", 0.0)]
+
+
+async def test_what_a_grader_prints_does_no_harm_and_torch_is_not_there(pool: Pool) -> None:
+    assert await pool.grade("?", ["a"], _grading("chatty")) == [Verdict({"chatty": 0.0})]
+
+
+@pytest.mark.parametrize("poison", ["hang", "die", "raise"])
+async def test_one_poisonous_text_costs_its_own_verdict_and_the_next_group_is_graded(
+    pool: Pool, poison: str
+) -> None:
+    verdicts = await pool.grade("?", ["good", poison, "fine"], _grading("poisoned"))
+    assert [v.error == "" for v in verdicts] == [True, False, True]
+    assert verdicts[0].parts == {"poisoned": 1.0}
+    assert verdicts[1].error.startswith("verifier_error: poisoned: ")
+    assert verdicts[1].parts == {}
+    assert "\n" not in verdicts[1].error
+    assert await pool.grade("?", ["good"], _grading("poisoned")) == [Verdict({"poisoned": 1.0})]
+
+
+async def test_a_process_that_missed_its_deadline_is_gone(pool: Pool) -> None:
+    (before,) = await pool.grade("?", ["x"], _grading("pid"))
+    hung = int(before.parts["pid"])
+    await pool.grade("?", ["hang"], _grading("poisoned"))
+    (after,) = await pool.grade("?", ["x"], _grading("pid"))
+    assert int(after.parts["pid"]) != hung
+    assert not Path(f"/proc/{hung}").exists()
+    assert pool.killed == 1
+
+
+async def test_the_event_loop_goes_on_while_a_grader_hangs(pool: Pool) -> None:
+    grading = asyncio.create_task(pool.grade("?", ["hang"], _grading("poisoned")))
+    longest, last = 0.0, time.monotonic()
+    while not grading.done():
+        await asyncio.sleep(0.01)
+        now = time.monotonic()
+        longest, last = max(longest, now - last), now
+    assert longest < 0.5
+
+
+async def test_groups_wait_their_turn_for_few_processes(pool: Pool) -> None:
+    many = [pool.grade("?", ["x" * i], _grading("length")) for i in range(20)]
+    verdicts = [verdict for (verdict,) in await asyncio.gather(*many)]
+    assert [v.parts["length"] for v in verdicts] == list(range(20))
+
+
+async def test_a_cancelled_question_does_not_leave_its_answer_to_the_next_one(pool: Pool) -> None:
+    hanging = asyncio.create_task(pool.grade("?", ["hang"], _grading("poisoned")))
+    while pool._workers[0]._process is None:
+        await asyncio.sleep(0)
+    hanging.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await hanging
+    assert await pool.grade("?", ["abcd"], _grading("length")) == [Verdict({"length": 4.0})]
+
+
+async def test_a_score_that_is_no_number_is_an_error_never_0(pool: Pool) -> None:
+    nan, none, fine = await pool.grade("?", ["nan", "none", "x"], _grading("odd"))
+    assert nan.error == "verifier_error: odd: nan is no reward"
+    assert none.error == "verifier_error: odd: no verdict"
+    assert fine == Verdict({"odd": 0.5})
+
+
+async def test_a_later_part_may_abstain(pool: Pool) -> None:
+    (verdict,) = await pool.grade("?", ["none"], _grading("length", "odd"))
+    assert verdict == Verdict({"length": 4.0})
+
+
+@pytest.mark.parametrize(
+    ("grader", "said"),
+    [
+        ("python:our_graders:missing", "no grader"),
+        ("python:no_such_module:f", "no grader"),
+        ("nonsense", "give exact, or python:MODULE:FUNCTION"),
+        ("python:our_graders:short", "must return a list of 2 scores"),
+    ],
+)
+async def test_a_grader_that_cannot_grade_says_why(pool: Pool, grader: str, said: str) -> None:
+    grading = Grading(parts=(GradePart(name="x", grader=grader),))
+    texts = ["a", "b"] if "short" in grader else ["a"]
+    verdicts = await pool.grade("?", texts, grading)
+    if "short" in grader:  # alone, each text has its one score
+        assert verdicts == [Verdict({"x": 1.0})] * 2
+    else:
+        assert said in verdicts[0].error
+
+
+async def test_a_ticket_without_a_grader_is_an_error_not_a_reward(pool: Pool) -> None:
+    assert "names no grader" in (await pool.grade("?", ["a"], Grading()))[0].error
