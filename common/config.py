@@ -2,26 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
 import msgspec
 
+from common.errors import ConfigError
+from common.failpoints import Failpoint
+
+PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
+NaturalInt = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A table of the recipe: frozen, strict, every default vetted."""
+    """A table of the recipe: frozen, strict, every default vetted.
+
+    `check(self) -> None`, where there is one, raises ConfigError for combinations that cannot work;
+    its message begins with the field's name.
+    """
+
+
+def need(condition: bool, message: str) -> None:
+    """One line of a `check`."""
+    if not condition:
+        raise ConfigError(message)
 
 
 class RunConfig(Section, frozen=True, kw_only=True):
-    """Shared by learner and actors; its digest is compared in the handshake (`LOCAL` fields are not part of it)."""
+    """Shared by learner and actors; the handshake compares its digest (without `LOCAL` fields)."""
 
     model: str = "tiny"  # a Hugging Face model folder, or the name of a shipped model
-    seed: int = 0
+    seed: NaturalInt = 0
     weights_dtype: Literal["fp32", "bf16"] = "fp32"  # of published versions
     store: str = "redis"  # where blobs of versions live: "redis", or "file:FOLDER"
-    max_frame_mb: int = 64
+    max_frame_mb: Annotated[int, msgspec.Meta(ge=1, le=2048)] = 64
     redis: str = "redis://127.0.0.1:6379/0"
     learner: str = "tcp://127.0.0.1:5555"
     failpoint: str = ""  # "name:count": SIGKILL this process at the count-th pass (tests)
+
+    def check(self) -> None:
+        need(self.model != "", "model is empty: give a model folder or the name of a shipped one")
+        need(
+            self.store == "redis" or (self.store.startswith("file:") and self.store != "file:"),
+            f'store = "{self.store}": expected "redis" or "file:FOLDER"',
+        )
+        need(
+            self.redis.startswith(("redis://", "rediss://", "unix://")),
+            f'redis = "{self.redis}": expected redis://HOST:PORT, rediss://… or unix://…',
+        )
+        need(
+            re.fullmatch(r"tcp://.+:\d+|ipc://.+", self.learner) is not None,
+            f'learner = "{self.learner}": expected tcp://HOST:PORT',
+        )
+        try:
+            Failpoint.parse(self.failpoint)
+        except ConfigError as error:
+            raise ConfigError(str(error).removeprefix("run.")) from None
 
 
 LOCAL = ("redis", "learner", "failpoint")  # may differ from process to process
