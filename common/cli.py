@@ -68,7 +68,7 @@ def isentrope() -> None:
     """
 
 
-def entry(command: click.Command, name: str | None = None) -> None:
+def standalone(command: click.Command, name: str | None = None) -> None:
     """Run a command as a process' main: our errors are one line on stderr and their exit code."""
     try:
         command.main(prog_name=name)
@@ -79,4 +79,4 @@ def entry(command: click.Command, name: str | None = None) -> None:
 
 
 def main() -> None:
-    entry(isentrope, "isentrope")
+    standalone(isentrope, "isentrope")

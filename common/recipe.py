@@ -272,6 +272,11 @@ def dump(sections: Mapping[str, Section]) -> str:
     return "\n".join(text)
 
 
+def freeze(recipe: str, overrides: Sequence[str] = ()) -> str:
+    """What a run folder keeps: every value in force, so that later defaults change nothing."""
+    return dump(load_all(recipe, overrides))
+
+
 def _table(name: str, values: Mapping[str, Any]) -> str:
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
     lines = [
