@@ -205,6 +205,12 @@ class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     forget: tuple[int, ...] = ()  # held tickets that nobody waits for any more
 
 
+class Pulse(Message, frozen=True, kw_only=True, tag="pulse"):
+    """Answers a heartbeat: the learner lives, and `version` is the newest published (a hint; Redis is the truth)."""
+
+    version: int = -1
+
+
 class Refused(Message, frozen=True, kw_only=True, tag="refused"):
     """The connection is not accepted; `ours` and `theirs` are the two values that disagree."""
 
@@ -235,7 +241,7 @@ class Drain(Message, frozen=True, kw_only=True, tag="drain"):
 
 
 FromActor = Hello | Heartbeat | Group | Failure | Bye
-FromLearner = Welcome | Refused | Grant | Answer | Drain
+FromLearner = Welcome | Pulse | Refused | Grant | Answer | Drain
 
 
 class Codec:

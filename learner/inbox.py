@@ -15,13 +15,13 @@ from learner.config import LearnerConfig
 from learner.ledger import Entry, Item, Ledger
 
 
-class Batch(NamedTuple):
+class Selection(NamedTuple):
     """`items` in batch order (main, then aux); empty items: solved."""
 
     t: int
     items: tuple[Item, ...]
     dropped: tuple[tuple[int, str], ...]
-    waited_for: int  # main groups looked at
+    refused: tuple[Group, ...]  # the groups of `dropped`, in its order
 
     @property
     def consumed(self) -> tuple[int, ...]:
@@ -49,7 +49,7 @@ def fate(group: Group, t: int, config: LearnerConfig) -> str:
     return defect(group, config) or ("stale" if lag(group, t) > config.max_lag else "")
 
 
-def select(ledger: Ledger, config: LearnerConfig) -> Batch | None:
+def select(ledger: Ledger, config: LearnerConfig) -> Selection | None:
     """The batch of step `ledger.t`, or None while it is not determined yet."""
     t = ledger.t
     limit = max(1, round(config.refill_limit * config.groups_per_step))
@@ -59,7 +59,9 @@ def select(ledger: Ledger, config: LearnerConfig) -> Batch | None:
     last = max((entry.order for entry in main), default=-1)
     before = [entry for entry in ledger.buffered("aux") if entry.order < last]
     aux, stale, _ = _first_usable(before, config.n_aux, t, config)
-    return Batch(t, tuple(entry.item for entry in [*main, *aux]), tuple(dropped + stale), seen)
+    gone = tuple(dropped + stale)
+    refused = tuple(ledger.open[id_].item.group for id_, _ in gone)
+    return Selection(t, tuple(entry.item for entry in [*main, *aux]), gone, refused)
 
 
 def _first_usable(

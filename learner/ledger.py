@@ -10,7 +10,7 @@ Who holds which ticket just now is not here (leases.py): that may be forgotten, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -171,10 +171,17 @@ class Ledger:
         )
         return msgspec.msgpack.encode(fold)
 
+    @staticmethod
+    def peek(data: bytes) -> Fold:
+        """Raises JournalError when `data` is no fold."""
+        try:
+            return msgspec.msgpack.decode(data, type=Fold)
+        except msgspec.MsgspecError as error:
+            raise JournalError(f"the checkpoint's fold is damaged: {error}") from None
+
     @classmethod
-    def restore(cls, data: bytes, records: Iterator[tuple[Position, AnyRecord]]) -> tuple[Ledger, Fold]:
-        """The ledger of a checkpoint. `records` start at the fold's `oldest`; those up to its `end` are consumed."""
-        fold = msgspec.msgpack.decode(data, type=Fold)
+    def restore(cls, fold: Fold, records: Iterable[tuple[Position, AnyRecord]]) -> Ledger:
+        """The ledger of a checkpoint. `records` are those from the fold's `oldest` up to its `end`."""
         orders = dict(fold.open)
         codec = Codec(Ticket)
         self = cls(
@@ -201,7 +208,7 @@ class Ledger:
         missing = [i for i, order in fold.open if i not in self.open or (order >= 0) != (self.open[i].order >= 0)]
         if missing:
             raise JournalError(f"the journal lacks tickets {missing[:5]} that the checkpoint of step {fold.t} needs")
-        return self, fold
+        return self
 
     # ---- transitions -----------------------------------------------------------------------------------------
 

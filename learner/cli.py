@@ -1,0 +1,91 @@
+"""`isentrope learner`, `isentrope replay`. Nothing heavy is imported before the recipe is known to be good."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from common.options import existing_run, json_option, overrides_option, recipe_argument, run_folder_argument
+
+if TYPE_CHECKING:
+    from common.config import RunConfig
+    from learner.config import LearnerConfig
+    from learner.step import StepReport
+
+
+@click.command()
+@recipe_argument
+@click.option("--run-folder", type=click.Path(path_type=Path), required=True, help="Where this run lives.")
+@click.option("--resume", is_flag=True, help="Go on with the run that is in the folder.")
+@overrides_option
+def learner(recipe: str, run_folder: Path, resume: bool, overrides: tuple[str, ...]) -> None:
+    """Train on what actors send; publish every new version."""
+    from common import log
+    from common.errors import JournalError
+    from common.runfolder import RunFolder
+
+    run, config = _sections(recipe, overrides)
+    log.setup("learner")
+    exists = (run_folder / "run.json").exists()
+    folder = RunFolder.open(run_folder) if exists else RunFolder.create(run_folder)
+    if any(folder.journal.iterdir()) and not resume:
+        raise JournalError(f"{run_folder} already holds a journal; go on with --resume, or choose another folder")
+    if not folder.recipe.exists():
+        from common.recipe import freeze
+
+        folder.recipe.write_text(freeze(recipe, overrides))
+    from learner.loop import check_same_run, learn
+
+    check_same_run(folder, run)
+    click.echo(learn(run, config, folder))
+
+
+@click.command()
+@run_folder_argument
+@overrides_option
+@click.option(
+    "--least-ess",
+    type=click.FloatRange(0, 1),
+    default=0.3,
+    show_default=True,
+    help="With overrides: stop when the effective sample size falls below this share of the tokens.",
+)
+@json_option
+def replay(run_folder: Path, overrides: tuple[str, ...], least_ess: float, as_json: bool) -> None:
+    """Train again from a run's journal: to the same bits, or with other settings on the same data."""
+    from common.runfolder import RunFolder
+
+    folder = RunFolder.open(existing_run(run_folder))
+    run, config = _sections(str(folder.recipe), overrides)
+    from learner.history import use_threads
+    from learner.replay import replay as again
+
+    use_threads(config)
+
+    def show(t: int, report: StepReport, same: bool) -> None:
+        facts = "  ".join(f"{name} {report.metrics[name]:.4f}" for name in ("reward", "entropy", "ess_share"))
+        word = "recomputed" if overrides else "bit-equal" if same else "approximate"
+        click.echo(f"step {t + 1:5d}  {facts}  {word}", err=as_json)
+
+    done = again(folder, run, config, override=bool(overrides), least_ess=least_ess, show=show)
+    if as_json:
+        click.echo(json.dumps(done._asdict()))
+        return
+    click.echo(f"{done.steps} steps, {done.equal} bit-equal to the record; parameters {done.digest}")
+    if done.stopped:
+        click.echo(f"stopped: {done.stopped}")
+
+
+def _sections(recipe: str, overrides: tuple[str, ...]) -> tuple[RunConfig, LearnerConfig]:
+    from common.config import RunConfig
+    from common.recipe import load
+    from learner.config import LearnerConfig
+
+    sections = load(recipe, {"run": RunConfig, "learner": LearnerConfig}, overrides)
+    run, config = sections["run"], sections["learner"]
+    assert isinstance(run, RunConfig)
+    assert isinstance(config, LearnerConfig)
+    return run, config

@@ -1,0 +1,596 @@
+"""The learner's counter: one thread that owns the ROUTER socket, the journal, the ledger and the prompt stream.
+
+One turn of `_turn`, for ever:
+
+    receive what has come ─▶ run what the trainer posted ─▶ expire leases ─▶ issue to whoever has credit
+      ─▶ journal.commit()  one fsync for all of it ─▶ send answers and grants ─▶ hand over what is determined
+
+Nothing leaves this thread (an acknowledgement, a ticket, a batch) before the records behind it are durable. The
+trainer talks to it by `call` (run this between two turns, answer after the commit) and `wait` (answer as soon as
+this is not None); who waits there is woken by the turn that makes it true, or by the thread's own death.
+When the disk is full nothing is acknowledged and nothing issued until a commit succeeds; pulses go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import zmq
+
+from common import wire
+from common.errors import WireError
+from common.failpoints import Failpoint
+from common.journal import DiskFull, Journal, Position
+from common.records import Admit, AnyRecord, Drop, Finish, Issue, Step
+from common.wire import Answer, Bye, Codec, Drain, Failure, FromActor, Grant, Group, Heartbeat, Hello, Pulse, Welcome
+from learner.config import LearnerConfig
+from learner.inbox import Selection, defect, lag, select
+from learner.leases import Leases, Peer
+from learner.ledger import Ledger
+from learner.prompts.stream import Draft, Prompts
+
+log = logging.getLogger("isentrope.desk")
+T = TypeVar("T")
+
+DRAIN_MESSAGES = 512  # at most so many messages a turn, so that commits stay frequent
+TURN_MS = 200  # a turn comes at least so often, for leases and pulses
+STOOD_STILL_S = 2.0  # a longer gap between two turns means that this process itself was stopped
+
+
+@dataclass(slots=True)
+class Actor:
+    """A connection that has said Hello."""
+
+    name: str
+    engine: str
+    host: str
+    pid: int
+    capacity: int
+    seen: float
+    version: int = -1
+    stats: dict[str, float] = field(default_factory=dict)
+    invalid: int = 0  # invalid results in a row
+    draining: bool = False
+
+
+@dataclass(slots=True)
+class Ask:
+    """What the methods want of aux tickets."""
+
+    groups: int = 0
+    temperature: float = 1.0
+
+
+class Desk:
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        *,
+        run_id: str,
+        incarnation: int,
+        digest: str,
+        vocab_size: int,
+        config: LearnerConfig,
+        journal: Journal,
+        ledger: Ledger,
+        prompts: Prompts,
+        failpoint: Failpoint,
+    ) -> None:
+        self.config = config
+        self.incarnation = incarnation
+        self.ledger = ledger
+        self.actors: dict[Peer, Actor] = {}
+        self.counts: Counter[str] = Counter()  # refused messages by reason, verdicts, lost actors
+        self.version = -1  # newest published
+        self.blocked = ""  # why nothing is acknowledged or issued just now
+        self.ask = Ask()
+        self._identity = {"run": run_id, "incarnation": incarnation}
+        self._digest = digest
+        self._vocab_size = vocab_size
+        self._journal = journal
+        self._prompts = prompts
+        self._fail = failpoint
+        self._leases = Leases(config.lease_s, config.infra_budget, config.data_budget)
+        self._leases.waiting.extend(entry.ticket.id for entry in ledger.in_flight())
+        self._codec = Codec(FromActor)
+        self._socket = socket
+        self._quarantined: set[str] = set()
+        self._evals: deque[tuple[str, Draft, int]] = deque()  # label, problem, min_version
+        self._outgoing: list[tuple[Peer, wire.Message]] = []
+        self._uncommitted = 0
+        self._issued_now = self._admitted_now = 0
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._looks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._called: list[tuple[Future[Any], Any]] = []
+        self._waits: list[tuple[Callable[[], Any], Future[Any]]] = []
+        self._issuing = True
+        self._last_turn = self._last_pulse = time.monotonic()
+        self._wake_in, self._wake_out = _wake_pair(socket.context)
+        self._stop = threading.Event()
+        self._death: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="desk", daemon=True)
+        self._thread.start()
+
+    # ---- for the trainer's thread ----------------------------------------------------------------------------
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run `function` between two turns; its value once everything it journaled is durable."""
+        future = self._post(self._calls, function)
+        while not _done(future, 1.0):
+            self._check_alive()
+        return future.result()
+
+    def look(self, function: Callable[[], T]) -> T:
+        """Run `function`, which only reads, between two turns; also while the disk is full."""
+        future = self._post(self._looks, function)
+        while not _done(future, 1.0):
+            self._check_alive()
+        return future.result()
+
+    def wait(self, condition: Callable[[], T | None], idle: Callable[[], bool]) -> T | None:
+        """The first value of `condition` that is not None. `idle` runs twice a second; when it is True, give up."""
+        future = self._post(self._waits, condition)
+        while not _done(future, 0.5):
+            self._check_alive()
+            if idle() and future.cancel():
+                return None
+        return future.result()
+
+    def take(self, idle: Callable[[], bool]) -> Selection | None:
+        """The next batch, or None when `idle` said so."""
+        return self.wait(lambda: select(self.ledger, self.config), idle)
+
+    def record(self, record: Step | Finish | Drop) -> None:
+        self.call(lambda: self._write(record))
+
+    def snapshot(self) -> bytes:
+        """The ledger's fold as of now, for a checkpoint."""
+        return self.call(lambda: self.ledger.dump(self._journal.end()))
+
+    def prune(self, oldest: tuple[str, int]) -> None:
+        """Delete the journal's segments before `oldest`: no checkpoint needs them."""
+        self.call(lambda: self._journal.prune(Position(*oldest)))
+
+    def held(self) -> Counter[Peer]:
+        """Tickets leased to each connection."""
+        return self.look(self._leases.count)
+
+    def announce(self, version: int) -> None:
+        """`version` is published: tokens may come from it, tickets may ask for it."""
+        self.call(lambda: setattr(self, "version", version))
+
+    def evaluate(self, label: str, problems: Sequence[Draft], min_version: int) -> None:
+        """Ask those of `problems` that evaluation `label` has not asked yet, before anything else."""
+
+        def enqueue() -> None:
+            known = self.ledger.evaluations.get(label)
+            asked = set(known.issued) if known else set()
+            self._evals.extend((label, draft, min_version) for draft in problems if draft.problem not in asked)
+
+        self.call(enqueue)
+
+    def drain(self, final: bool, deadline_s: float = 6.0) -> None:
+        """Send every actor away; with `final`, open tickets end as surplus first."""
+        until = time.monotonic() + deadline_s
+
+        def begin() -> None:
+            self._issuing = False
+            self._evals.clear()
+            if final:
+                for id_ in list(self.ledger.open):
+                    self._end(id_, "surplus")
+            for peer, actor in self.actors.items():
+                actor.draining = True
+                self._send(peer, Drain(final=final, **self._identity))
+
+        self.call(begin)
+        self.wait(lambda: True if not self.actors else None, lambda: time.monotonic() > until)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._wake()
+        self._thread.join(10.0)
+        for socket in (self._wake_in, self._wake_out, self._socket):
+            socket.close(linger=0)
+
+    def _post(self, queue: Any, function: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        queue.append((function, future))
+        self._wake()
+        return future
+
+    def _wake(self) -> None:
+        self._wake_in.send(b"", zmq.NOBLOCK)
+
+    def _check_alive(self) -> None:
+        if self._death is not None:
+            raise self._death
+        assert self._thread.is_alive(), "the desk's thread ended without a word"
+
+    # ---- the desk's thread -----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._wake_out, zmq.POLLIN)
+        try:
+            while not self._stop.is_set():
+                self._turn(poller)
+        except BaseException as error:  # noqa: BLE001 - the thread's top: the trainer raises it in its own thread
+            self._death = error
+            for future, _ in self._called:
+                future.set_exception(error)
+            for _, future in [*self._calls, *self._looks, *self._waits]:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+
+    def _turn(self, poller: zmq.Poller) -> None:
+        if self.blocked:
+            poller.poll(TURN_MS)
+        else:
+            poller.register(self._socket, zmq.POLLIN)
+            poller.poll(TURN_MS)
+            poller.unregister(self._socket)
+        now = time.monotonic()
+        gap, self._last_turn = now - self._last_turn, now
+        if gap > STOOD_STILL_S:  # SIGSTOP, a laptop's lid: first hear what came in the meantime
+            self._leases.postpone(gap)
+        while self._wake_out.poll(0):
+            self._wake_out.recv(zmq.NOBLOCK)
+        drained = not self.blocked and self._receive(now)
+        self._run_calls()
+        if drained and gap <= STOOD_STILL_S:
+            for id_ in self._leases.overdue(now):
+                self._give_back(id_, "infra", "the lease expired")
+        self._issue(now)
+        if self._commit():
+            self._flush()
+            self._answer_waits()
+        self._pulse(now)
+
+    def _receive(self, now: float) -> bool:
+        """True when the socket was emptied."""
+        for _ in range(DRAIN_MESSAGES):
+            try:
+                peer, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return True
+            try:
+                if len(frames) != 1:
+                    raise WireError("malformed", f"{len(frames)} frames")
+                self._hear(peer, self._codec.decode(frames[0]), frames[0], now)
+            except WireError as error:
+                self._refuse(peer, error)
+        return False
+
+    def _hear(self, peer: Peer, message: Any, frame: bytes, now: float) -> None:
+        if isinstance(message, Hello):
+            self._hello(peer, message, now)
+            return
+        actor = self.actors.get(peer)
+        if actor is None:
+            self._send(peer, wire.Refused(reason="hello", **self._identity))
+            return
+        actor.seen = now
+        match message:
+            case Heartbeat():
+                actor.capacity, actor.version, actor.stats = message.capacity, message.version, message.stats
+                self._leases.renew(message.held, peer, now)
+            case Group():
+                self._result(peer, actor, message, frame)
+            case Failure(ticket=id_, attempt=attempt, blame=blame, reason=reason):
+                if message.incarnation == self._identity["incarnation"] and self._leases.attempt(id_, peer) == attempt:
+                    self._give_back(id_, blame, reason)
+            case Bye():
+                self._forget(peer, "none")
+
+    def _hello(self, peer: Peer, hello: Hello, now: float) -> None:
+        refusal = self._objection(hello)
+        if refusal is not None:
+            self.counts[f"refused_{refusal.reason}"] += 1
+            self._send(peer, refusal)
+            return
+        for old, actor in list(self.actors.items()):
+            if (actor.name, actor.host, actor.pid) == (hello.actor, hello.host, hello.pid):
+                del self.actors[old]  # the same process on a new connection: its leases move below or are freed
+                self._release(old, keep=(*hello.held, *hello.owed))
+        self.actors[peer] = Actor(hello.actor, hello.engine, hello.host, hello.pid, hello.capacity, now)
+        theirs = (*hello.held, *hello.owed) if hello.run == self._identity["run"] else ()
+        wanted = {id_ for id_ in theirs if id_ in self.ledger.open and self.ledger.open[id_].group is None}
+        self._leases.claim(wanted, peer, now)
+        forget = tuple(id_ for id_ in hello.held if id_ not in wanted)
+        log.info("actor %s joined (%s, capacity %d)", hello.actor, hello.engine, hello.capacity)
+        welcome = Welcome(
+            heartbeat_s=self.config.heartbeat_s,
+            lease_s=self.config.lease_s,
+            version=self.version,
+            forget=forget,
+            **self._identity,
+        )
+        self._send(peer, welcome)
+
+    def _objection(self, hello: Hello) -> wire.Refused | None:
+        if hello.protocol != wire.PROTOCOL:
+            ours, theirs, reason = str(wire.PROTOCOL), str(hello.protocol), "protocol"
+        elif hello.digest != self._digest:
+            ours, theirs, reason = self._digest, hello.digest, "digest"
+        elif hello.actor in self._quarantined:
+            ours, theirs, reason = "", hello.actor, "quarantined"
+        else:
+            return None
+        return wire.Refused(reason=reason, ours=ours, theirs=theirs, **self._identity)
+
+    def _result(self, peer: Peer, actor: Actor, group: Group, frame: bytes) -> None:
+        self._fail("after_receive")
+        entry = self.ledger.open.get(group.ticket)
+        if group.run != self._identity["run"] or (entry is None and not self.ledger.is_closed(group.ticket)):
+            self._answer(peer, group.ticket, "unknown")
+        elif entry is None or entry.group is not None:
+            self._answer(peer, group.ticket, "duplicate")
+        else:
+            try:
+                wire.check_group(group, entry.ticket, self._vocab_size, max(self.version, 0))
+            except WireError as error:
+                self._answer(peer, group.ticket, "refused", str(error))
+                self._invalid(peer, actor, group.ticket, error)
+                return
+            actor.invalid = 0
+            self._leases.end(group.ticket)
+            self._write(Admit(ticket=group.ticket, frame=frame, at=time.time()), group)
+            self._admitted_now += 1
+            self._answer(peer, group.ticket, "ack")
+
+    def _invalid(self, peer: Peer, actor: Actor, ticket: int, error: WireError) -> None:
+        self.counts[f"invalid_{error.reason}"] += 1
+        actor.invalid += 1
+        log.warning("actor %s: result of ticket %d refused: %s", actor.name, ticket, error)
+        if self._leases.attempt(ticket, peer) is not None:
+            self._give_back(ticket, "infra", f"invalid result ({error.reason})")
+        if actor.invalid >= self.config.quarantine_after:
+            log.error("actor %s is quarantined: %d invalid results in a row", actor.name, actor.invalid)
+            self.counts["quarantined"] += 1
+            self._quarantined.add(actor.name)
+            self._send(peer, wire.Refused(reason="quarantined", theirs=actor.name, **self._identity))
+            self._forget(peer, "infra")
+
+    def _refuse(self, peer: Peer, error: WireError) -> None:
+        """A message that cannot be read: counted, answered with the reason; the connection lives."""
+        self.counts[f"refused_{error.reason}"] += 1
+        actor = self.actors.get(peer)
+        log.warning("%s sent a message that is %s", actor.name if actor else "a stranger", error)
+        self._answer(peer, -1, "refused", str(error))
+
+    def _give_back(self, id_: int, blame: str, reason: str) -> None:
+        self.counts[f"returned_{blame}"] += 1
+        if not self._leases.give_back(id_, blame):
+            log.warning("ticket %d is dropped as failed: its %s budget is spent (last: %s)", id_, blame, reason)
+            self._end(id_, "failed")
+
+    def _end(self, id_: int, reason: str) -> None:
+        self._leases.end(id_)
+        self._write(Drop(ticket=id_, reason=reason))
+
+    def _release(self, peer: Peer, keep: Iterable[int] = ()) -> None:
+        for id_ in set(self._leases.of(peer)).difference(keep):
+            self._give_back(id_, "none", "given back")
+
+    def _forget(self, peer: Peer, blame: str) -> None:
+        """The connection is gone; what it held may be leased to others at once."""
+        actor = self.actors.pop(peer, None)
+        if actor is None:
+            return
+        log.info("actor %s left", actor.name)
+        self.counts["left" if blame == "none" else "lost"] += 1
+        for id_ in self._leases.of(peer):
+            self._give_back(id_, blame, "the actor is gone")
+
+    # ---- issuing ---------------------------------------------------------------------------------------------
+
+    def _issue(self, now: float) -> None:
+        if self.blocked or not self._issuing or self.version < 0:
+            return
+        leased = self._leases.count()
+        free = {p: a.capacity - leased[p] for p, a in self.actors.items() if not a.draining and a.capacity > leased[p]}
+        room = self._room() if free else {}
+        while free:
+            peer = max(free, key=free.__getitem__)
+            id_ = self._leases.waiting.popleft() if self._leases.waiting else self._new_ticket(room)
+            if id_ is None:
+                return
+            attempt = self._leases.lease(id_, peer, now)
+            self._send(peer, Grant(ticket=self.ledger.open[id_].ticket, attempt=attempt, **self._identity))
+            free[peer] -= 1
+            if not free[peer]:
+                del free[peer]
+
+    def _room(self) -> dict[str, int]:
+        """How many new tickets of each kind the lag bound allows: outstanding + buffered < (max_lag + 1) × batch."""
+        config, t = self.config, self.ledger.t
+        flying = Counter(entry.ticket.kind for entry in self.ledger.in_flight())
+        usable = {
+            kind: sum(
+                not defect(e.item.group, config) and lag(e.item.group, t) <= config.max_lag
+                for e in self.ledger.buffered(kind)
+            )
+            for kind in ("main", "aux")
+        }
+        horizon = min(config.max_lag + 1, config.steps - t)
+        return {
+            "main": horizon * config.groups_per_step - usable["main"] - flying["main"],
+            "aux": horizon * self.ask.groups - usable["aux"] - flying["aux"],
+            "ahead": usable["main"] + flying["main"],
+        }
+
+    def _new_ticket(self, room: dict[str, int]) -> int | None:
+        """Issue the next ticket there is room for: evaluations first, then main, then aux."""
+        if self._evals:
+            label, draft, version = self._evals.popleft()
+            evaluation = self.config.eval
+            return self._write_ticket(
+                draft, "eval", n=evaluation.samples, temperature=evaluation.temperature, label=label, min_version=version
+            )
+        for kind in ("main", "aux"):
+            if room[kind] > 0:
+                room[kind] -= 1
+                return self._write_training_ticket(kind, room)
+        return None
+
+    def _write_training_ticket(self, kind: wire.Kind, room: dict[str, int]) -> int:
+        config, ledger = self.config, self.ledger
+        needed_at = ledger.t + room["ahead"] // config.groups_per_step  # the step that will use it, if all goes well
+        min_version = max(0, min(needed_at, config.steps - 1) - config.max_lag)
+        if kind == "main":
+            room["ahead"] += 1
+            temperature = config.temperature
+        else:
+            temperature = self.ask.temperature
+        if kind == "main" and ledger.again:
+            old = ledger.again[0]
+            draft = Draft(old.problem, old.prompt, old.grading, old.template, old.source, -1)
+            parent: int | None = old.id
+        else:
+            draft, parent = self._prompts.draw(ledger.cursor), None
+        return self._write_ticket(
+            draft, kind, n=config.group_size, temperature=temperature, min_version=min_version, parent=parent
+        )
+
+    def _write_ticket(
+        self,
+        draft: Draft,
+        kind: wire.Kind,
+        *,
+        n: int,
+        temperature: float,
+        min_version: int,
+        label: str = "",
+        parent: int | None = None,
+    ) -> int:
+        id_ = self.ledger.next_id
+        sampling = self._prompts.sampling(id_, temperature, self.config.max_tokens)
+        ticket = wire.Ticket(
+            id=id_,
+            kind=kind,
+            problem=draft.problem,
+            prompt=draft.prompt,
+            n=n,
+            sampling=sampling,
+            grading=draft.grading,
+            template=draft.template,
+            source=draft.source,
+            parent=parent,
+            label=label,
+            min_version=min_version,
+            cursor=draft.cursor,
+        )
+        self._write(Issue(ticket=ticket))
+        self._issued_now += 1
+        return id_
+
+    # ---- durability, then everything that depends on it ------------------------------------------------------
+
+    def _write(self, record: AnyRecord, group: Group | None = None) -> None:
+        self.ledger.apply(record, self._journal.append(record), group)
+        self._uncommitted += 1
+
+    def _commit(self) -> bool:
+        if not self._uncommitted:
+            return True
+        try:
+            self._journal.commit()
+        except DiskFull as error:
+            if not self.blocked:
+                log.error("%s; nothing is acknowledged or issued until there is space", error)
+            self.blocked = str(error)
+            return False
+        if self.blocked:
+            log.info("there is space again; going on")
+        self.blocked, self._uncommitted = "", 0
+        return True
+
+    def _flush(self) -> None:
+        if self._issued_now:
+            self._fail("after_issue")
+        if self._admitted_now:
+            self._fail("after_append")
+        self._issued_now = self._admitted_now = 0
+        outgoing, self._outgoing = self._outgoing, []
+        for peer, message in outgoing:
+            if not self._deliver(peer, message):
+                self._forget(peer, "infra")
+            elif isinstance(message, Grant):
+                self._fail("after_send")
+            elif isinstance(message, Answer) and message.verdict == "ack":
+                self._fail("after_ack")
+        called, self._called = self._called, []
+        for future, value in called:
+            future.set_result(value)
+
+    def _deliver(self, peer: Peer, message: wire.Message) -> bool:
+        try:
+            self._socket.send_multipart([peer, self._codec.encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            return False  # gone, or so stuck that its queue is full
+        return True
+
+    def _run_calls(self) -> None:
+        while self._looks:
+            function, future = self._looks.popleft()
+            future.set_result(function())
+        while self._calls and not self.blocked:
+            function, future = self._calls.popleft()
+            try:
+                self._called.append((future, function()))
+            except Exception as error:  # noqa: BLE001 - it belongs to the caller, who raises it
+                future.set_exception(error)
+
+    def _answer_waits(self) -> None:
+        waiting, self._waits = self._waits, []
+        for condition, future in waiting:
+            value = None if future.cancelled() else condition()
+            if value is not None and future.set_running_or_notify_cancel():
+                future.set_result(value)
+            elif value is None and not future.cancelled():
+                self._waits.append((condition, future))
+
+    def _send(self, peer: Peer, message: wire.Message) -> None:
+        self._outgoing.append((peer, message))
+
+    def _answer(self, peer: Peer, ticket: int, verdict: wire.Verdict, reason: str = "") -> None:
+        self.counts[f"answer_{verdict}"] += 1
+        self._send(peer, Answer(ticket=ticket, verdict=verdict, reason=reason, **self._identity))
+
+    def _pulse(self, now: float) -> None:
+        """Tell every actor that we live; ROUTER_MANDATORY tells us who does not."""
+        if now - self._last_pulse < self.config.heartbeat_s:
+            return
+        self._last_pulse = now
+        pulse = Pulse(version=self.version, **self._identity)
+        for peer in [peer for peer in self.actors if not self._deliver(peer, pulse)]:
+            self._forget(peer, "infra")
+
+
+def _wake_pair(context: zmq.Context[Any]) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+    """Two ends of an in-process pipe: any byte into the first ends the desk's poll on the second."""
+    inside, outside = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    endpoint = f"inproc://desk-{id(outside)}"
+    outside.bind(endpoint)
+    inside.connect(endpoint)
+    return inside, outside
+
+
+def _done(future: Future[Any], timeout_s: float) -> bool:
+    try:
+        future.exception(timeout_s)
+    except TimeoutError:
+        return False
+    return True

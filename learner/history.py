@@ -1,0 +1,137 @@
+"""What a run has been: the newest good checkpoint, then the journal folded on top of it, step by step.
+
+Resume and replay are the same walk. A step found in the journal is trained again on the very groups the batch rule
+picks, and must come out as recorded: the same tickets always, the same bits on the same threads and torch build.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+import msgspec
+
+from common import journal
+from common.config import RunConfig
+from common.errors import DataError, JournalError
+from common.journal import Position
+from common.records import AnyRecord, Open, Step
+from common.runfolder import RunFolder
+from common.versions import digest
+from learner import checkpoint, model
+from learner.config import LearnerConfig
+from learner.inbox import Selection, select
+from learner.ledger import Ledger
+from learner.step import StepReport, TrainState, make_state, train_step
+
+log = logging.getLogger("isentrope.history")
+OnStep = Callable[[Selection, StepReport, bool], bool]  # (batch, report, bits agree) → go on?
+
+
+@dataclass(slots=True)
+class Past:
+    """Where a run stands: the parameters after `state.t` steps, and the ledger at the journal's end."""
+
+    state: TrainState
+    ledger: Ledger
+    config: LearnerConfig
+    recomputed: int = 0
+    exact: bool = True  # every recomputed step came out bit for bit
+
+
+def catch_up(
+    folder: RunFolder,
+    run: RunConfig,
+    config: LearnerConfig,
+    *,
+    from_start: bool = False,
+    override: bool = False,
+    on_step: OnStep | None = None,
+) -> Past:
+    """Fold the whole journal; train again every step that no checkpoint holds.
+
+    `from_start` ignores checkpoints. `override` trains with `config` instead of what the journal says, and compares
+    nothing. Raises JournalError when a step does not come out as it was recorded.
+    """
+    past = None if from_start else _from_checkpoint(folder, run, config)
+    if past is None:
+        past, start = Past(make_state(run, config), Ledger(), config), None
+    else:
+        past, start = past
+    machine: tuple[str, int, int] | None = _machine(folder.journal)
+    for at, record in journal.read(folder.journal, start):
+        if isinstance(record, Step) and not _redo(past, record, run, machine, override, on_step):
+            return past
+        past.ledger.apply(record, at)
+        if isinstance(record, Open):
+            machine = (record.torch, record.threads, record.world_size)
+        if not override and past.ledger.learner_config is not None:
+            past.config = msgspec.convert(past.ledger.learner_config, LearnerConfig)
+    return past
+
+
+def checkpoints(folder: RunFolder) -> list[Path]:
+    """Newest first."""
+    return sorted((p for p in folder.checkpoints.glob("step-*") if p.is_dir()), reverse=True)
+
+
+def this_machine() -> tuple[str, int, int]:
+    """What bit equality depends on: torch build, threads, world size."""
+    import torch
+
+    return torch.__version__, torch.get_num_threads(), 1
+
+
+def _from_checkpoint(folder: RunFolder, run: RunConfig, config: LearnerConfig) -> tuple[Past, Position] | None:
+    for path in checkpoints(folder):
+        state = make_state(run, config)
+        try:
+            data = checkpoint.load(path, state)
+        except (DataError, JournalError) as error:
+            log.warning("checkpoint %s is not usable (%s); taking the one before", path.name, error)
+            continue
+        fold = Ledger.peek(data)
+        end = Position(*fold.end)
+        records = journal.read(folder.journal, Position(*fold.oldest))
+        ledger = Ledger.restore(fold, takewhile(lambda pair: pair[0] < end, records))
+        kept = msgspec.convert(ledger.learner_config, LearnerConfig) if ledger.learner_config else config
+        return Past(state, ledger, kept), end
+    return None
+
+
+def _redo(
+    past: Past, record: Step, run: RunConfig, machine: tuple[str, int, int] | None, override: bool, on_step: OnStep | None
+) -> bool:
+    batch = select(past.ledger, past.config)
+    if batch is None or (batch.consumed, batch.dropped) != (record.consumed, record.dropped):
+        raise JournalError(
+            f"step {record.t}: the journal says it trained on tickets {record.consumed[:4]}…, "
+            f"the batch rule gives {batch.consumed[:4] if batch else 'none'}…; the journal was edited or is incomplete"
+        )
+    report = train_step(past.state, batch.items, past.config)
+    same = override or digest(model.snapshot(past.state.model, run.weights_dtype)) == record.digest
+    past.recomputed += 1
+    past.exact &= same
+    if not same:
+        _explain(record, past.state, machine)
+    return on_step is None or on_step(batch, report, same)
+
+
+def _explain(record: Step, state: TrainState, machine: tuple[str, int, int] | None) -> None:
+    """A step came out with other bits: an error on the same CPU set-up, otherwise a word."""
+    here = this_machine()
+    if machine == here and next(state.model.parameters()).device.type == "cpu":
+        raise JournalError(
+            f"step {record.t} recomputed to other parameters than recorded (same torch {here[0]}, {here[1]} threads): "
+            "the model folder changed, or the journal is another run's"
+        )
+    log.warning("step %d: approximate, not bit-equal (recorded on %s, now %s)", record.t, machine, here)
+
+
+def _machine(folder: Path) -> tuple[str, int, int] | None:
+    opens: Iterator[AnyRecord] = (r for _, r in journal.read(folder) if isinstance(r, Open))
+    first = next(opens, None)
+    return (first.torch, first.threads, first.world_size) if isinstance(first, Open) else None
