@@ -1,7 +1,37 @@
-"""Weight versions: what they are. (Registry in Redis below; blobs in stores.py.)"""
+"""Weight versions: what one is, and the registry in Redis that says which exist.
+
+A version is (number, content digest). Its bytes lie in a store (stores.py); Redis holds its
+manifest and the stamp of the newest. Redis is soft state: everything here can be lost and is then
+published again. Keys, each behind `isentrope:<run id>:`
+
+    fence             the highest learner incarnation that ever spoke; lower ones are refused
+    latest            stamp of the newest version: "<version> <incarnation> <digest>"
+    manifests         hash: version -> manifest (MessagePack)
+    digests           hash: version -> content digest
+    blobs             set: names of the blobs that the redis store holds
+    blob:<name>       bytes of one blob, in the redis store
+    hint              channel: somebody published; only a hint, polling is the truth
+    live              set: names of those who said that they live
+    live:<name>       what one of them last said, until it expires
+"""
+
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, cast
+
+import msgspec
+import redis
+import xxhash
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from common.errors import ConfigError, DeadlineError, WeightsError
+
+LEAVE_ALONE_S = 5.0  # for somebody who only wants to be seen
 
 
 class Tensor(NamedTuple):
@@ -14,8 +44,306 @@ class Tensor(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A verified version, ready to be loaded. `tensors` are those that are trained, over base version 0."""
+    """A verified version, ready to be loaded. `tensors` are those that are trained, over base
+    version 0."""
 
     version: int
     digest: str
     tensors: tuple[Tensor, ...]
+    incarnation: int = 0  # of the learner that published it
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a tensor lies in the version's bytes (its blobs, one behind the other)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Blob(msgspec.Struct, frozen=True, kw_only=True):
+    key: str
+    nbytes: int
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """All about a version but its bytes.
+
+    A `full` version has every tensor that its step trained. `base`: the version whose other tensors
+    it leaves as they are (-1: it has them all). A `patch` would change the tensors of `base`; its
+    digest would be that of the result.
+    """
+
+    version: int
+    step: int
+    digest: str
+    dtype: str
+    nbytes: int
+    tensors: tuple[Entry, ...]  # in name order, rising offsets
+    blobs: tuple[Blob, ...]
+    incarnation: int
+    base: int = -1
+    kind: Literal["full", "patch"] = "full"
+    at: float = 0.0  # seconds since the epoch, for people
+
+
+class Stamp(NamedTuple):
+    """What changes when actors have something new to fetch."""
+
+    version: int
+    incarnation: int
+    digest: str
+
+
+def digest(tensors: Sequence[Tensor]) -> str:
+    """xxh3-128 over (name, dtype, shape) of all tensors, then their bytes, both in name order."""
+    ordered = sorted(tensors, key=lambda tensor: tensor.name)
+    content = begin_digest([(t.name, t.dtype, t.shape) for t in ordered])
+    for tensor in ordered:
+        content.update(tensor.data)
+    return content.hexdigest()
+
+
+def begin_digest(shapes: Sequence[tuple[str, str, tuple[int, ...]]]) -> xxhash.xxh3_128:
+    """A digest that has seen the (name, dtype, shape) list and waits for the bytes."""
+    return xxhash.xxh3_128(json.dumps([[n, d, list(s)] for n, d, s in shapes]).encode())
+
+
+_FENCE = """
+local held = tonumber(redis.call('GET', KEYS[1]) or '0')
+if tonumber(ARGV[1]) < held then return held end
+redis.call('SET', KEYS[1], ARGV[1])
+return 0
+"""
+
+# The same pair again only renews its manifest. A step back, or another digest for a known number, is
+# for a newer learner only; then what its predecessor made from there on is no version any more.
+_PUBLISH = """
+local fence, latest, manifests, digests, hint = unpack(KEYS)
+local incarnation, version = tonumber(ARGV[1]), tonumber(ARGV[2])
+local digest, manifest = ARGV[3], ARGV[4]
+local held = tonumber(redis.call('GET', fence) or '0')
+if incarnation < held then return {'fenced', tostring(held)} end
+local newest, owner = string.match(redis.call('GET', latest) or '-1 0', '^(%S+) (%S+)')
+newest, owner = tonumber(newest), tonumber(owner)
+local known = redis.call('HGET', digests, ARGV[2])
+local behind = version < newest and known ~= digest
+if (behind or (known and known ~= digest)) and incarnation <= owner then
+  return {known and 'digest' or 'back', known or tostring(newest)}
+end
+redis.call('SET', fence, incarnation)
+redis.call('HSET', manifests, version, manifest)
+redis.call('HSET', digests, version, digest)
+if version >= newest or behind then
+  for _, other in ipairs(redis.call('HKEYS', digests)) do
+    if tonumber(other) > version then
+      redis.call('HDEL', manifests, other)
+      redis.call('HDEL', digests, other)
+    end
+  end
+  redis.call('SET', latest, version .. ' ' .. incarnation .. ' ' .. digest)
+end
+redis.call('PUBLISH', hint, version)
+return {'ok', ''}
+"""
+
+
+class Registry:
+    """The registry of one run. Every call ends within about `timeout_s`, or raises DeadlineError.
+
+    Safe to use from several threads at once; an asyncio program calls it by `asyncio.to_thread`.
+    """
+
+    def __init__(self, url: str, run_id: str, timeout_s: float = 10.0) -> None:
+        self.run_id = run_id
+        self.timeout_s = timeout_s
+        try:
+            self.client = redis.Redis.from_url(
+                url,
+                protocol=2,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                socket_read_size=1 << 20,  # of blobs; the default of 64 KiB halves their speed
+                retry=Retry(NoBackoff(), 1),  # a pooled connection may have died with its server
+            )
+        except ValueError as error:
+            raise ConfigError(f"run.redis: {error}") from None
+        self._where = _place(self.client)
+        self._hints: Any = None
+        self._leave_alone_until = 0.0
+
+    def key(self, name: str) -> str:
+        return f"isentrope:{self.run_id}:{name}"
+
+    @contextmanager
+    def asking(self, what: str) -> Iterator[None]:
+        """Redis' exceptions inside become DeadlineError (away) or WeightsError (it refuses)."""
+        try:
+            yield
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            raise DeadlineError(
+                f"Redis at {self._where} did not answer within {self.timeout_s:g} s "
+                f"({what}): {_one_line(error)}"
+            ) from None
+        except redis.RedisError as error:
+            raise WeightsError(f"Redis at {self._where} refused to {what}: {error}") from None
+
+    def close(self) -> None:
+        self.client.close()
+
+    # ---- versions ----------------------------------------------------------------------------
+
+    def fence(self, incarnation: int) -> None:
+        """From now on lower incarnations are refused. Raises WeightsError when this one is."""
+        with self.asking("raise the fence"):
+            held = self.client.eval(_FENCE, 1, self.key("fence"), str(incarnation))
+        if held:
+            raise WeightsError(_fenced(incarnation, cast("int", held)))
+
+    def publish(self, manifest: Manifest) -> None:
+        """Manifest and latest in one transaction; the blobs are in the store already.
+
+        The same (version, digest) again changes nothing. Raises WeightsError for a learner behind
+        the fence, and for a step back or a second digest without a new incarnation. A newer learner
+        may do both: what its predecessor published from that version on ceases to exist.
+        """
+        names = ("fence", "latest", "manifests", "digests", "hint")
+        version, inner = str(manifest.version), msgspec.msgpack.encode(manifest)
+        arguments = (str(manifest.incarnation), version, manifest.digest, inner)
+        with self.asking(f"publish version {version}"):
+            reply = self.client.eval(_PUBLISH, len(names), *map(self.key, names), *arguments)
+        verdict, detail = (part.decode() for part in cast("list[bytes]", reply))
+        if verdict == "fenced":
+            raise WeightsError(_fenced(manifest.incarnation, int(detail)))
+        if verdict == "back":
+            raise WeightsError(f"version {version} would go back behind version {detail}")
+        if verdict == "digest":
+            raise WeightsError(
+                f"version {version} exists with digest {detail}, not {manifest.digest}"
+            )
+
+    def latest(self) -> int | None:
+        """Number of the newest version; None before the first."""
+        stamp = self.stamp()
+        return stamp.version if stamp else None
+
+    def stamp(self) -> Stamp | None:
+        with self.asking("name the latest version"):
+            raw = cast("bytes | None", self.client.get(self.key("latest")))
+        if raw is None:
+            return None
+        version, incarnation, content = raw.decode().split(" ")
+        return Stamp(int(version), int(incarnation), content)
+
+    def manifest(self, version: int) -> Manifest:
+        """Raises WeightsError when there is none, or one that this version cannot read."""
+        with self.asking(f"give the manifest of version {version}"):
+            raw = cast("bytes | None", self.client.hget(self.key("manifests"), str(version)))
+        if raw is None:
+            raise WeightsError(
+                f"version {version} has no manifest; it was retired or never published"
+            )
+        try:
+            return msgspec.msgpack.decode(raw, type=Manifest)
+        except msgspec.MsgspecError as error:
+            raise WeightsError(
+                f"the manifest of version {version} is unreadable: {error}"
+            ) from None
+
+    def versions(self) -> list[int]:
+        """All that have a manifest, rising."""
+        with self.asking("list the versions"):
+            return sorted(
+                int(v) for v in cast("list[bytes]", self.client.hkeys(self.key("digests")))
+            )
+
+    def retire(self, versions: Sequence[int]) -> None:
+        """Forget these manifests; their blobs may be deleted afterwards."""
+        if versions:
+            with self.asking("retire versions"), self.client.pipeline(transaction=True) as pipe:
+                for name in ("manifests", "digests"):
+                    pipe.hdel(self.key(name), *map(str, versions))
+                pipe.execute()
+
+    def wait_hint(self, timeout_s: float) -> bool:
+        """Sleep until somebody publishes (True) or `timeout_s` passed. One thread at a time."""
+        with self.asking("wait for a hint"):
+            try:
+                if self._hints is None:
+                    self._hints = self.client.pubsub(  # type: ignore[no-untyped-call]
+                        ignore_subscribe_messages=True
+                    )
+                    self._hints.subscribe(self.key("hint"))
+                return _next_message(self._hints, timeout_s)
+            except redis.RedisError:
+                self._hints = None  # the subscription died with the connection
+                raise
+
+    # ---- who lives ---------------------------------------------------------------------------
+
+    def live(self, name: str, what: bytes | str, ttl_s: float = 10.0) -> bool:
+        """Say that `name` ("learner", "actor:…") lives, with anything that people want to know.
+
+        Never raises for Redis' sake: False when it is away, and then it is left alone for a while.
+        """
+        if time.monotonic() < self._leave_alone_until:
+            return False
+        try:
+            with self.asking("note who lives"), self.client.pipeline(transaction=False) as pipe:
+                pipe.sadd(self.key("live"), name)
+                pipe.set(self.key(f"live:{name}"), what, px=max(1, int(ttl_s * 1000)))
+                pipe.execute()
+        except (DeadlineError, WeightsError):
+            self._leave_alone_until = time.monotonic() + LEAVE_ALONE_S
+            return False
+        return True
+
+    def leave(self, name: str) -> None:
+        """Say that `name` lives no more. Raises DeadlineError."""
+        with self.asking("note who leaves"), self.client.pipeline(transaction=False) as pipe:
+            pipe.srem(self.key("live"), name)
+            pipe.delete(self.key(f"live:{name}"))
+            pipe.execute()
+
+    def living(self) -> dict[str, bytes]:
+        """What everybody who lives last said."""
+        with self.asking("list who lives"):
+            names = sorted(
+                n.decode() for n in cast("set[bytes]", self.client.smembers(self.key("live")))
+            )
+            if not names:
+                return {}
+            said = cast(
+                "list[bytes | None]", self.client.mget([self.key(f"live:{n}") for n in names])
+            )
+            silent = [name for name, what in zip(names, said, strict=True) if what is None]
+            if silent:
+                self.client.srem(self.key("live"), *silent)
+        return {name: what for name, what in zip(names, said, strict=True) if what is not None}
+
+
+def _next_message(hints: Any, timeout_s: float) -> bool:
+    until = time.monotonic() + timeout_s
+    while (left := until - time.monotonic()) > 0:
+        if hints.get_message(timeout=left) is not None:
+            return True
+    return False
+
+
+def _place(client: redis.Redis) -> str:
+    """Where it is, without the password that its URL may hold."""
+    options = client.connection_pool.connection_kwargs
+    return str(options.get("path") or f"{options.get('host')}:{options.get('port')}")
+
+
+def _fenced(incarnation: int, held: int) -> str:
+    return (
+        f"learner incarnation {incarnation} is behind the fence: incarnation {held} has taken over "
+        "this run; end this process"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
