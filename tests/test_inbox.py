@@ -1,0 +1,112 @@
+"""The batch rule: a pure function of the admission order."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.records import Step
+from learner.config import LearnerConfig
+from learner.inbox import Selection, fate, select
+from tests.builders import make_group, make_rollout
+from tests.test_ledger import Book, admit, issue
+
+
+def config(**fields: object) -> LearnerConfig:
+    return LearnerConfig(**{"groups_per_step": 2, "group_size": 2, "max_lag": 1, "refill_limit": 3.0, **fields})
+
+
+def book_of(*rewards: tuple[float, ...], version: int = 0) -> Book:
+    book = Book()
+    book.tell(*(issue(i) for i in range(len(rewards))))
+    book.tell(*(admit(i, r, version=version) for i, r in enumerate(rewards)))
+    return book
+
+
+def chosen(book: Book, settings: LearnerConfig | None = None) -> Selection:
+    selection = select(book.ledger, settings or config())
+    assert selection is not None
+    return selection
+
+
+def test_a_batch_is_the_first_usable_groups_in_admission_order() -> None:
+    book = Book()
+    book.tell(*(issue(i) for i in range(4)))
+    book.tell(admit(3), admit(1), admit(0), admit(2))
+    assert chosen(book).consumed == (3, 1)
+
+
+def test_without_enough_usable_groups_there_is_no_batch_yet() -> None:
+    assert select(book_of((1, 0)).ledger, config()) is None
+
+
+def test_groups_that_teach_nothing_are_dropped_by_name_and_replaced() -> None:
+    selection = chosen(book_of((1, 1), (1, 0), (0, 0), (0, 1)))
+    assert selection.consumed == (1, 3)
+    assert selection.dropped == ((0, "zero_variance"), (2, "zero_variance"))
+
+
+def test_groups_after_the_last_one_used_stay_for_the_next_step() -> None:
+    book = book_of((1, 0), (0, 1), (1, 1), (1, 0))
+    selection = chosen(book)
+    assert selection.dropped == ()
+    book.tell(Step(t=0, version=1, digest="", consumed=selection.consumed, dropped=selection.dropped))
+    assert book.ledger.main == [2, 3]
+
+
+def test_the_filter_compares_raw_correctness_not_shaped_reward() -> None:
+    shaped = make_group(
+        rollouts=(make_rollout(1.0, parts=({"a": 1.0},)), make_rollout(1.0, parts=({"a": 0.2},)))
+    )
+    assert fate(shaped, 0, config()) == "zero_variance"
+
+
+@pytest.mark.parametrize(("t", "expected"), [(0, ""), (4, ""), (5, "stale")])
+def test_lag_is_checked_at_use_and_negative_lag_counts_as_none(t: int, expected: str) -> None:
+    assert fate(make_group([1, 0], version=3), t, config()) == expected
+
+
+def test_one_old_token_makes_a_rollout_old() -> None:
+    from tests.builders import make_segment
+
+    old = make_rollout(segments=(make_segment(spans=((0, 1), (2, 9))),))
+    assert fate(make_group(rollouts=(old, make_rollout(0.0, version=9))), 9, config()) == "stale"
+
+
+def test_a_grader_that_failed_makes_the_group_a_verifier_error_never_a_zero() -> None:
+    group = make_group(rollouts=(make_rollout(1.0), make_rollout(0.0, error="timeout")))
+    assert fate(group, 0, config()) == "verifier_error"
+
+
+def test_refill_has_an_end_and_trains_on_what_is_usable() -> None:
+    selection = chosen(book_of((1, 1), (1, 1), (1, 0), (1, 1), (1, 1), (1, 1)))
+    assert selection.consumed == (2,)
+    assert len(selection.dropped) == 5
+
+
+def test_refill_looks_at_no_more_than_its_limit_however_many_came() -> None:
+    selection = chosen(book_of(*[(1, 1)] * 6, (1, 0), (1, 0)))
+    assert selection.consumed == ()
+    assert len(selection.dropped) == 6
+
+
+def test_with_nothing_left_to_learn_the_batch_is_empty() -> None:
+    assert chosen(book_of(*[(1, 1)] * 6)).items == ()
+
+
+def test_truncated_groups_are_dropped_only_when_asked() -> None:
+    cut = make_group(rollouts=(make_rollout(1.0, finish="length"), make_rollout(0.0, finish="length")))
+    assert fate(cut, 0, config()) == ""
+    assert fate(cut, 0, config(drop_truncated=True)) == "truncated"
+
+
+def test_aux_groups_join_only_when_admitted_before_the_last_main_group() -> None:
+    book = Book()
+    book.tell(issue(0), issue(1), issue(2, kind="aux"), issue(3, kind="aux"), issue(4, kind="aux"))
+    book.tell(admit(0), admit(2, (1, 1), "aux"), admit(3, (0, 0), "aux"), admit(1), admit(4, (1, 1), "aux"))
+    assert chosen(book, config(n_aux=1)).consumed == (0, 1, 2)
+    assert chosen(book, config(n_aux=3)).consumed == (0, 1, 2, 3)
+
+
+def test_aux_groups_are_not_asked_for_variance_but_for_freshness() -> None:
+    assert fate(make_group([1, 1], kind="aux"), 0, config()) == ""
+    assert fate(make_group([1, 1], kind="aux"), 2, config()) == "stale"

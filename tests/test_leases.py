@@ -1,0 +1,79 @@
+"""Who holds which ticket: attempts, budgets, expiry."""
+
+from __future__ import annotations
+
+from learner.leases import Leases
+
+A, B = b"a", b"b"
+
+
+def make_leases(**fields: int) -> Leases:
+    return Leases(**{"lease_s": 10.0, "infra_budget": 3, "data_budget": 2, **fields})
+
+
+def test_an_expired_lease_is_found_and_a_renewed_one_is_not() -> None:
+    leases = make_leases()
+    leases.lease(1, A, now=0.0)
+    leases.lease(2, A, now=0.0)
+    leases.renew([2], A, now=5.0)
+    assert leases.overdue(now=11.0) == [1]
+
+
+def test_only_the_holder_renews() -> None:
+    leases = make_leases()
+    leases.lease(1, A, now=0.0)
+    leases.renew([1], B, now=9.0)
+    assert leases.overdue(now=11.0) == [1]
+
+
+def test_attempts_count_up_and_a_ticket_given_back_comes_first() -> None:
+    leases = make_leases()
+    leases.waiting.extend([7, 8])
+    assert leases.lease(leases.waiting.popleft(), A, 0.0) == 0
+    assert leases.give_back(7, "infra")
+    assert list(leases.waiting) == [7, 8]
+    assert leases.lease(leases.waiting.popleft(), B, 0.0) == 1
+
+
+def test_budgets_of_infrastructure_and_data_are_separate() -> None:
+    leases = make_leases()
+    assert leases.give_back(1, "infra")
+    assert leases.give_back(1, "data")
+    assert leases.give_back(1, "infra")
+    assert not leases.give_back(1, "data")
+
+
+def test_a_ticket_given_back_untouched_costs_no_budget() -> None:
+    leases = make_leases()
+    for _ in range(50):
+        leases.lease(1, A, 0.0)
+        assert leases.give_back(1, "none")
+        leases.waiting.clear()
+
+
+def test_a_failure_counts_only_from_the_holder() -> None:
+    leases = make_leases()
+    leases.lease(1, A, 0.0)
+    leases.give_back(1, "infra")
+    leases.waiting.clear()
+    leases.lease(1, B, 0.0)
+    assert leases.attempt(1, A) is None
+    assert leases.attempt(1, B) == 1
+
+
+def test_a_reconnected_actor_claims_what_it_holds() -> None:
+    leases = make_leases()
+    leases.lease(1, A, 0.0)
+    leases.waiting.append(2)
+    leases.claim([1, 2], B, 1.0)
+    assert sorted(leases.of(B)) == [1, 2]
+    assert not leases.waiting
+    assert leases.attempt(1, B) == 0
+
+
+def test_time_in_which_the_learner_stood_still_does_not_count() -> None:
+    leases = make_leases()
+    leases.lease(1, A, now=0.0)
+    leases.postpone(100.0)
+    assert leases.overdue(now=105.0) == []
+    assert leases.overdue(now=111.0) == [1]

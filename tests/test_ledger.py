@@ -1,0 +1,149 @@
+"""The ledger is a fold: nothing is lost, nothing counts twice, and a restored fold is the same fold."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from common import wire
+from common.errors import JournalError
+from common.journal import Journal, Position, read
+from common.records import Admit, AnyRecord, Drop, Issue, Open, Step
+from learner.config import LearnerConfig
+from learner.inbox import select
+from learner.ledger import Ledger
+from tests.builders import make_group, make_ticket
+
+CODEC = wire.Codec(wire.FromActor)
+CONFIG = LearnerConfig(groups_per_step=2, group_size=2, max_lag=1, refill_limit=4)
+
+
+def issue(id_: int, kind: wire.Kind = "main", **fields: object) -> Issue:
+    return Issue(ticket=make_ticket(id=id_, kind=kind, **fields))
+
+
+def admit(id_: int, rewards: tuple[float, ...] = (1, 0), kind: wire.Kind = "main", version: int = 0) -> Admit:
+    return Admit(ticket=id_, frame=bytes(CODEC.encode(make_group(rewards, ticket=id_, kind=kind, version=version))))
+
+
+class Book:
+    """A ledger beside a list of all that it was told."""
+
+    def __init__(self) -> None:
+        self.ledger = Ledger()
+        self.records: list[tuple[Position, AnyRecord]] = []
+
+    def tell(self, *records: AnyRecord) -> None:
+        for record in records:
+            at = Position("00000001-00000000", len(self.records))
+            self.records.append((at, record))
+            self.ledger.apply(record, at)
+
+    def restored(self) -> Ledger:
+        fold = Ledger.peek(self.ledger.dump(Position("00000001-00000000", len(self.records))))
+        first = fold.oldest[1]
+        return Ledger.restore(fold, self.records[first:])
+
+
+def test_every_fate_has_its_place_in_the_conservation_line() -> None:
+    book = Book()
+    book.tell(*(issue(i) for i in range(6)), *(admit(i) for i in (0, 1, 3)), Drop(ticket=2, reason="failed"))
+    book.tell(Step(t=0, version=1, digest="", consumed=(0,), dropped=((1, "zero_variance"),)))
+    sums = book.ledger.sums()["main"]
+    assert (sums.issued, sums.trained, sums.buffered, sums.in_flight) == (6, 1, 1, 2)
+    assert sums.dropped == {"failed": 1, "zero_variance": 1}
+    assert sums.holds
+
+
+def test_a_ticket_is_issued_once_admitted_once_and_ends_once() -> None:
+    book = Book()
+    book.tell(issue(0), admit(0))
+    with pytest.raises(JournalError, match="issued twice"):
+        book.tell(issue(0))
+    with pytest.raises(JournalError, match="admitted twice"):
+        book.tell(admit(0))
+    book.tell(Drop(ticket=0, reason="failed"))
+    with pytest.raises(JournalError, match="not open"):
+        book.tell(Drop(ticket=0, reason="failed"))
+
+
+def test_an_admission_of_nothing_that_was_issued_is_an_error() -> None:
+    with pytest.raises(JournalError, match="never issued"):
+        Book().tell(admit(7))
+
+
+def test_steps_are_recorded_in_order() -> None:
+    book = Book()
+    with pytest.raises(JournalError, match="step 3"):
+        book.tell(Step(t=3, version=4, digest="", consumed=()))
+
+
+def test_a_stale_group_gives_its_prompt_back_until_it_is_asked_again() -> None:
+    book = Book()
+    book.tell(issue(0, problem="p"), admit(0))
+    book.tell(Step(t=0, version=1, digest="", consumed=(), dropped=((0, "stale"),)))
+    assert [old.problem for old in book.ledger.again] == ["p"]
+    assert [old.problem for old in book.restored().again] == ["p"]
+    book.tell(issue(1, parent=0))
+    assert not book.ledger.again
+
+
+def test_evaluations_end_when_admitted_and_are_never_in_a_batch() -> None:
+    book = Book()
+    book.tell(issue(0, kind="eval", label="before"), admit(0, (1, 1), kind="eval", version=3))
+    point = book.ledger.evaluations["before"]
+    assert (point.accuracy, point.oldest, point.newest) == (1.0, 3, 3)
+    assert book.ledger.sums()["eval"].evaluated == 1
+    assert not book.ledger.open
+
+
+def test_the_prompt_cursor_follows_what_was_issued() -> None:
+    book = Book()
+    book.tell(issue(0, cursor=0), issue(1, cursor=1), issue(2, cursor=-1, parent=0))
+    assert book.ledger.cursor == 2
+    assert book.restored().cursor == 2
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_random_life_conserves_every_ticket_and_survives_restoring_at_any_moment(seed: int) -> None:
+    rng, book, next_id, t = random.Random(seed), Book(), 0, 0
+    for _ in range(120):
+        deed = rng.random()
+        flying = [e.ticket for e in book.ledger.in_flight()]
+        if deed < 0.45:
+            kind = rng.choice(["main", "main", "main", "aux", "eval"])
+            book.tell(issue(next_id, kind=kind, label="e", cursor=next_id))
+            next_id += 1
+        elif deed < 0.85 and flying:
+            ticket = rng.choice(flying)
+            rewards = rng.choice([(1, 0), (1, 1), (0, 0)])
+            book.tell(admit(ticket.id, rewards, ticket.kind, version=rng.randint(max(0, t - 2), t)))
+        elif deed < 0.9 and flying:
+            book.tell(Drop(ticket=rng.choice(flying).id, reason="failed"))
+        batch = select(book.ledger, CONFIG)
+        if batch is not None and rng.random() < 0.5:
+            book.tell(Step(t=t, version=t + 1, digest="", consumed=batch.consumed, dropped=batch.dropped))
+            t += 1
+        assert all(sums.holds for sums in book.ledger.sums().values())
+        if rng.random() < 0.1:
+            again = book.restored()
+            assert again.dump(Position("x", 0)) == book.ledger.dump(Position("x", 0))
+            book.ledger = again
+    assert all(book.ledger.is_closed(i) != (i in book.ledger.open) for i in range(next_id))
+
+
+def test_folding_the_journal_from_disk_gives_the_same_ledger(tmp_path: Path) -> None:
+    journal, live = Journal(tmp_path, 1), Ledger()
+    opened = Open(run="r", incarnation=1, config={"learner": {}})
+    records: list[AnyRecord] = [opened, *(issue(i) for i in range(4)), *(admit(i) for i in range(3))]
+    for record in records:
+        live.apply(record, journal.append(record))
+    journal.commit()
+    end = journal.end()
+    journal.close()
+    again = Ledger()
+    for at, record in read(tmp_path):
+        again.apply(record, at)
+    assert again.dump(end) == live.dump(end)
