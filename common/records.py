@@ -1,13 +1,13 @@
 """What the journal holds: the only truth of a run. Everything else (ledger, cursor, curriculum) folds over these.
 
-    open      a learner process began to write: who it is, with what configuration, on what torch
-    issue     a ticket exists (durable before it is sent)
-    admit     a group as it was received, byte for byte (durable before the acknowledgement)
-    ready     the score of a proposal is known
-    step      step t consumed these tickets and dropped those, and made this version
-    drop      a ticket ends for a reason that no batch decided (failed, surplus)
-    config    from step t on these overrides hold
-    finish    the run is over
+open      a learner process began to write: who it is, with what configuration, on what torch
+issue     a ticket exists (durable before it is sent)
+admit     a group as it was received, byte for byte (durable before the acknowledgement)
+ready     the score of a proposal is known
+step      step t consumed these tickets and dropped those, and made this version
+drop      a ticket ends for a reason that no batch decided (failed, surplus)
+config    from step t on these overrides hold
+finish    the run is over
 """
 
 from __future__ import annotations

@@ -96,7 +96,9 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
     spans: tuple[tuple[int, int], ...]
     temperature: float = 1.0
     turn: int = 0
-    mask: np.ndarray = msgspec.field(default_factory=lambda: np.zeros(0, np.uint8))  # uint8 [T] or [0]
+    mask: np.ndarray = msgspec.field(
+        default_factory=lambda: np.zeros(0, np.uint8)
+    )  # uint8 [T] or [0]
 
     def __post_init__(self) -> None:
         _check_array("tokens", self.tokens, "i4")
@@ -272,13 +274,18 @@ class Codec:
             frame[at : at + array.nbytes] = array.data.cast("B") if array.size else b""
             at = _aligned(at + array.nbytes)
         if len(frame) > self.max_bytes:
-            raise WireError("oversized", f"a message of {len(frame)} bytes; at most {self.max_bytes} are allowed")
+            raise WireError(
+                "oversized",
+                f"a message of {len(frame)} bytes; at most {self.max_bytes} are allowed",
+            )
         return frame
 
     def decode(self, frame: bytes | bytearray | memoryview) -> Any:
         view = memoryview(frame).cast("B").toreadonly()
         if view.nbytes > self.max_bytes:
-            raise WireError("oversized", f"{view.nbytes} bytes; at most {self.max_bytes} are allowed")
+            raise WireError(
+                "oversized", f"{view.nbytes} bytes; at most {self.max_bytes} are allowed"
+            )
         if view.nbytes < 4:
             raise WireError("malformed", f"{view.nbytes} bytes are no message")
         (length,) = self._HEADER.unpack_from(view)
@@ -308,8 +315,15 @@ class Codec:
         if code not in _DTYPES or type(offset) is not int or type(count) is not int:
             raise ValueError("bad array reference")
         dtype = _DTYPES[code]
-        if offset % 8 or offset < 0 or count < 0 or offset + count * dtype.itemsize > self._body.nbytes:
-            raise ValueError(f"array [{offset}, +{count} {code}] outside a body of {self._body.nbytes} bytes")
+        if (
+            offset % 8
+            or offset < 0
+            or count < 0
+            or offset + count * dtype.itemsize > self._body.nbytes
+        ):
+            raise ValueError(
+                f"array [{offset}, +{count} {code}] outside a body of {self._body.nbytes} bytes"
+            )
         return np.frombuffer(self._body, dtype, count, offset)
 
 
@@ -327,19 +341,26 @@ def check_group(group: Group, ticket: Ticket, vocab_size: int, clock_version: in
             raise WireError("empty", "a rollout without a segment")
         if not np.isfinite(rollout.correct) and not rollout.error:
             raise WireError("nan", "correctness is not a number")
-        if any(not np.isfinite(v) for part in rollout.parts for v in part.values()) and not rollout.error:
+        if (
+            any(not np.isfinite(v) for part in rollout.parts for v in part.values())
+            and not rollout.error
+        ):
             raise WireError("nan", "a reward part is not a number")
         for segment in rollout.segments:
             _check_segment(segment, vocab_size, clock_version)
         tokens = sum(s.tokens.size for s in rollout.segments if s.role == "policy")
         if tokens > ticket.sampling.max_tokens * (1 + max(s.turn for s in rollout.segments)):
-            raise WireError("length", f"{tokens} sampled tokens; the ticket allows {ticket.sampling.max_tokens}")
+            raise WireError(
+                "length", f"{tokens} sampled tokens; the ticket allows {ticket.sampling.max_tokens}"
+            )
 
 
 def _check_segment(segment: Segment, vocab_size: int, clock_version: int) -> None:
     tokens, logps, size = segment.tokens, segment.logps, segment.tokens.size
     if logps.size != size or segment.mask.size not in (0, size):
-        raise WireError("length", f"{size} tokens, {logps.size} log-probs, mask of {segment.mask.size}")
+        raise WireError(
+            "length", f"{size} tokens, {logps.size} log-probs, mask of {segment.mask.size}"
+        )
     if size and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
         raise WireError("vocabulary", f"a token outside [0, {vocab_size})")
     if size and not np.isfinite(logps).all():
@@ -363,5 +384,3 @@ def _check_array(name: str, array: np.ndarray, code: str) -> None:
 
 def _aligned(offset: int) -> int:
     return (offset + 7) & ~7
-
-

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from common.options import existing_run, json_option, overrides_option, recipe_argument, run_folder_argument
+from common.options import (
+    existing_run,
+    json_option,
+    overrides_option,
+    recipe_argument,
+    run_folder_argument,
+)
 
 if TYPE_CHECKING:
     from common.config import RunConfig
@@ -18,7 +24,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @recipe_argument
-@click.option("--run-folder", type=click.Path(path_type=Path), required=True, help="Where this run lives.")
+@click.option(
+    "--run-folder", type=click.Path(path_type=Path), required=True, help="Where this run lives."
+)
 @click.option("--resume", is_flag=True, help="Go on with the run that is in the folder.")
 @overrides_option
 def learner(recipe: str, run_folder: Path, resume: bool, overrides: tuple[str, ...]) -> None:
@@ -32,7 +40,9 @@ def learner(recipe: str, run_folder: Path, resume: bool, overrides: tuple[str, .
     exists = (run_folder / "run.json").exists()
     folder = RunFolder.open(run_folder) if exists else RunFolder.create(run_folder)
     if any(folder.journal.iterdir()) and not resume:
-        raise JournalError(f"{run_folder} already holds a journal; go on with --resume, or choose another folder")
+        raise JournalError(
+            f"{run_folder} already holds a journal; go on with --resume, or choose another folder"
+        )
     if not folder.recipe.exists():
         from common.recipe import freeze
 
@@ -66,7 +76,9 @@ def replay(run_folder: Path, overrides: tuple[str, ...], least_ess: float, as_js
     use_threads(config)
 
     def show(t: int, report: StepReport, same: bool) -> None:
-        facts = "  ".join(f"{name} {report.metrics[name]:.4f}" for name in ("reward", "entropy", "ess_share"))
+        facts = "  ".join(
+            f"{name} {report.metrics[name]:.4f}" for name in ("reward", "entropy", "ess_share")
+        )
         word = "recomputed" if overrides else "bit-equal" if same else "approximate"
         click.echo(f"step {t + 1:5d}  {facts}  {word}", err=as_json)
 
@@ -74,7 +86,9 @@ def replay(run_folder: Path, overrides: tuple[str, ...], least_ess: float, as_js
     if as_json:
         click.echo(json.dumps(done._asdict()))
         return
-    click.echo(f"{done.steps} steps, {done.equal} bit-equal to the record; parameters {done.digest}")
+    click.echo(
+        f"{done.steps} steps, {done.equal} bit-equal to the record; parameters {done.digest}"
+    )
     if done.stopped:
         click.echo(f"stopped: {done.stopped}")
 

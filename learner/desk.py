@@ -29,7 +29,20 @@ from common.errors import WireError
 from common.failpoints import Failpoint
 from common.journal import DiskFull, Journal, Position
 from common.records import Admit, AnyRecord, Drop, Finish, Issue, Step
-from common.wire import Answer, Bye, Codec, Drain, Failure, FromActor, Grant, Group, Heartbeat, Hello, Pulse, Welcome
+from common.wire import (
+    Answer,
+    Bye,
+    Codec,
+    Drain,
+    Failure,
+    FromActor,
+    Grant,
+    Group,
+    Heartbeat,
+    Hello,
+    Pulse,
+    Welcome,
+)
 from learner.config import LearnerConfig
 from learner.inbox import Selection, defect, lag, select
 from learner.leases import Leases, Peer
@@ -172,7 +185,9 @@ class Desk:
         def enqueue() -> None:
             known = self.ledger.evaluations.get(label)
             asked = set(known.issued) if known else set()
-            self._evals.extend((label, draft, min_version) for draft in problems if draft.problem not in asked)
+            self._evals.extend(
+                (label, draft, min_version) for draft in problems if draft.problem not in asked
+            )
 
         self.call(enqueue)
 
@@ -282,12 +297,19 @@ class Desk:
         actor.seen = now
         match message:
             case Heartbeat():
-                actor.capacity, actor.version, actor.stats = message.capacity, message.version, message.stats
+                actor.capacity, actor.version, actor.stats = (
+                    message.capacity,
+                    message.version,
+                    message.stats,
+                )
                 self._leases.renew(message.held, peer, now)
             case Group():
                 self._result(peer, actor, message, frame)
             case Failure(ticket=id_, attempt=attempt, blame=blame, reason=reason):
-                if message.incarnation == self._identity["incarnation"] and self._leases.attempt(id_, peer) == attempt:
+                if (
+                    message.incarnation == self._identity["incarnation"]
+                    and self._leases.attempt(id_, peer) == attempt
+                ):
                     self._give_back(id_, blame, reason)
             case Bye():
                 self._forget(peer, "none")
@@ -300,11 +322,17 @@ class Desk:
             return
         for old, actor in list(self.actors.items()):
             if (actor.name, actor.host, actor.pid) == (hello.actor, hello.host, hello.pid):
-                del self.actors[old]  # the same process on a new connection: its leases move below or are freed
+                del self.actors[
+                    old
+                ]  # the same process on a new connection: its leases move below or are freed
                 self._release(old, keep=(*hello.held, *hello.owed))
-        self.actors[peer] = Actor(hello.actor, hello.engine, hello.host, hello.pid, hello.capacity, now)
+        self.actors[peer] = Actor(
+            hello.actor, hello.engine, hello.host, hello.pid, hello.capacity, now
+        )
         theirs = (*hello.held, *hello.owed) if hello.run == self._identity["run"] else ()
-        wanted = {id_ for id_ in theirs if id_ in self.ledger.open and self.ledger.open[id_].group is None}
+        wanted = {
+            id_ for id_ in theirs if id_ in self.ledger.open and self.ledger.open[id_].group is None
+        }
         self._leases.claim(wanted, peer, now)
         forget = tuple(id_ for id_ in hello.held if id_ not in wanted)
         log.info("actor %s joined (%s, capacity %d)", hello.actor, hello.engine, hello.capacity)
@@ -331,7 +359,9 @@ class Desk:
     def _result(self, peer: Peer, actor: Actor, group: Group, frame: bytes) -> None:
         self._fail("after_receive")
         entry = self.ledger.open.get(group.ticket)
-        if group.run != self._identity["run"] or (entry is None and not self.ledger.is_closed(group.ticket)):
+        if group.run != self._identity["run"] or (
+            entry is None and not self.ledger.is_closed(group.ticket)
+        ):
             self._answer(peer, group.ticket, "unknown")
         elif entry is None or entry.group is not None:
             self._answer(peer, group.ticket, "duplicate")
@@ -355,10 +385,14 @@ class Desk:
         if self._leases.attempt(ticket, peer) is not None:
             self._give_back(ticket, "infra", f"invalid result ({error.reason})")
         if actor.invalid >= self.config.quarantine_after:
-            log.error("actor %s is quarantined: %d invalid results in a row", actor.name, actor.invalid)
+            log.error(
+                "actor %s is quarantined: %d invalid results in a row", actor.name, actor.invalid
+            )
             self.counts["quarantined"] += 1
             self._quarantined.add(actor.name)
-            self._send(peer, wire.Refused(reason="quarantined", theirs=actor.name, **self._identity))
+            self._send(
+                peer, wire.Refused(reason="quarantined", theirs=actor.name, **self._identity)
+            )
             self._forget(peer, "infra")
 
     def _refuse(self, peer: Peer, error: WireError) -> None:
@@ -371,7 +405,12 @@ class Desk:
     def _give_back(self, id_: int, blame: str, reason: str) -> None:
         self.counts[f"returned_{blame}"] += 1
         if not self._leases.give_back(id_, blame):
-            log.warning("ticket %d is dropped as failed: its %s budget is spent (last: %s)", id_, blame, reason)
+            log.warning(
+                "ticket %d is dropped as failed: its %s budget is spent (last: %s)",
+                id_,
+                blame,
+                reason,
+            )
             self._end(id_, "failed")
 
     def _end(self, id_: int, reason: str) -> None:
@@ -398,7 +437,11 @@ class Desk:
         if self.blocked or not self._issuing or self.version < 0:
             return
         leased = self._leases.count()
-        free = {p: a.capacity - leased[p] for p, a in self.actors.items() if not a.draining and a.capacity > leased[p]}
+        free = {
+            p: a.capacity - leased[p]
+            for p, a in self.actors.items()
+            if not a.draining and a.capacity > leased[p]
+        }
         room = self._room() if free else {}
         while free:
             peer = max(free, key=free.__getitem__)
@@ -406,7 +449,9 @@ class Desk:
             if id_ is None:
                 return
             attempt = self._leases.lease(id_, peer, now)
-            self._send(peer, Grant(ticket=self.ledger.open[id_].ticket, attempt=attempt, **self._identity))
+            self._send(
+                peer, Grant(ticket=self.ledger.open[id_].ticket, attempt=attempt, **self._identity)
+            )
             free[peer] -= 1
             if not free[peer]:
                 del free[peer]
@@ -435,7 +480,12 @@ class Desk:
             label, draft, version = self._evals.popleft()
             evaluation = self.config.eval
             return self._write_ticket(
-                draft, "eval", n=evaluation.samples, temperature=evaluation.temperature, label=label, min_version=version
+                draft,
+                "eval",
+                n=evaluation.samples,
+                temperature=evaluation.temperature,
+                label=label,
+                min_version=version,
             )
         for kind in ("main", "aux"):
             if room[kind] > 0:
@@ -445,7 +495,9 @@ class Desk:
 
     def _write_training_ticket(self, kind: wire.Kind, room: dict[str, int]) -> int:
         config, ledger = self.config, self.ledger
-        needed_at = ledger.t + room["ahead"] // config.groups_per_step  # the step that will use it, if all goes well
+        needed_at = (
+            ledger.t + room["ahead"] // config.groups_per_step
+        )  # the step that will use it, if all goes well
         min_version = max(0, min(needed_at, config.steps - 1) - config.max_lag)
         if kind == "main":
             room["ahead"] += 1
@@ -459,7 +511,12 @@ class Desk:
         else:
             draft, parent = self._prompts.draw(ledger.cursor), None
         return self._write_ticket(
-            draft, kind, n=config.group_size, temperature=temperature, min_version=min_version, parent=parent
+            draft,
+            kind,
+            n=config.group_size,
+            temperature=temperature,
+            min_version=min_version,
+            parent=parent,
         )
 
     def _write_ticket(

@@ -85,7 +85,9 @@ def this_machine() -> tuple[str, int, int]:
     return torch.__version__, torch.get_num_threads(), 1
 
 
-def _from_checkpoint(folder: RunFolder, run: RunConfig, config: LearnerConfig) -> tuple[Past, Position] | None:
+def _from_checkpoint(
+    folder: RunFolder, run: RunConfig, config: LearnerConfig
+) -> tuple[Past, Position] | None:
     for path in checkpoints(folder):
         state = make_state(run, config)
         try:
@@ -97,13 +99,22 @@ def _from_checkpoint(folder: RunFolder, run: RunConfig, config: LearnerConfig) -
         end = Position(*fold.end)
         records = journal.read(folder.journal, Position(*fold.oldest))
         ledger = Ledger.restore(fold, takewhile(lambda pair: pair[0] < end, records))
-        kept = msgspec.convert(ledger.learner_config, LearnerConfig) if ledger.learner_config else config
+        kept = (
+            msgspec.convert(ledger.learner_config, LearnerConfig)
+            if ledger.learner_config
+            else config
+        )
         return Past(state, ledger, kept), end
     return None
 
 
 def _redo(
-    past: Past, record: Step, run: RunConfig, machine: tuple[str, int, int] | None, override: bool, on_step: OnStep | None
+    past: Past,
+    record: Step,
+    run: RunConfig,
+    machine: tuple[str, int, int] | None,
+    override: bool,
+    on_step: OnStep | None,
 ) -> bool:
     batch = select(past.ledger, past.config)
     if batch is None or (batch.consumed, batch.dropped) != (record.consumed, record.dropped):
@@ -128,7 +139,9 @@ def _explain(record: Step, state: TrainState, machine: tuple[str, int, int] | No
             f"step {record.t} recomputed to other parameters than recorded (same torch {here[0]}, {here[1]} threads): "
             "the model folder changed, or the journal is another run's"
         )
-    log.warning("step %d: approximate, not bit-equal (recorded on %s, now %s)", record.t, machine, here)
+    log.warning(
+        "step %d: approximate, not bit-equal (recorded on %s, now %s)", record.t, machine, here
+    )
 
 
 def _machine(folder: Path) -> tuple[str, int, int] | None:

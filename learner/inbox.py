@@ -53,7 +53,9 @@ def select(ledger: Ledger, config: LearnerConfig) -> Selection | None:
     """The batch of step `ledger.t`, or None while it is not determined yet."""
     t = ledger.t
     limit = max(1, round(config.refill_limit * config.groups_per_step))
-    main, dropped, seen = _first_usable(ledger.buffered("main")[:limit], config.groups_per_step, t, config)
+    main, dropped, seen = _first_usable(
+        ledger.buffered("main")[:limit], config.groups_per_step, t, config
+    )
     if len(main) < config.groups_per_step and seen < limit:
         return None
     last = max((entry.order for entry in main), default=-1)

@@ -23,7 +23,13 @@ from common.records import Admit, AnyRecord, ConfigChange, Drop, Finish, Issue, 
 from common.wire import Codec, Group, Ticket
 from learner.evaluation import Evaluation
 
-TERMINAL = {"main": "trained", "aux": "trained", "eval": "evaluated", "propose": "trained", "score": "scored"}
+TERMINAL = {
+    "main": "trained",
+    "aux": "trained",
+    "eval": "evaluated",
+    "propose": "trained",
+    "score": "scored",
+}
 
 
 class Item(NamedTuple):
@@ -205,9 +211,15 @@ class Ledger:
             elif isinstance(record, Admit) and orders.get(record.ticket, -1) >= 0:
                 entry = self.open[record.ticket]
                 entry.group, entry.order = self._codec.decode(record.frame), orders[record.ticket]
-        missing = [i for i, order in fold.open if i not in self.open or (order >= 0) != (self.open[i].order >= 0)]
+        missing = [
+            i
+            for i, order in fold.open
+            if i not in self.open or (order >= 0) != (self.open[i].order >= 0)
+        ]
         if missing:
-            raise JournalError(f"the journal lacks tickets {missing[:5]} that the checkpoint of step {fold.t} needs")
+            raise JournalError(
+                f"the journal lacks tickets {missing[:5]} that the checkpoint of step {fold.t} needs"
+            )
         return self
 
     # ---- transitions -----------------------------------------------------------------------------------------
@@ -237,7 +249,9 @@ class Ledger:
             self.evaluations[entry.ticket.label].add(group)
             self._close(id_, "evaluated")
 
-    def _step(self, t: int, consumed: tuple[int, ...], dropped: tuple[tuple[int, str], ...]) -> None:
+    def _step(
+        self, t: int, consumed: tuple[int, ...], dropped: tuple[tuple[int, str], ...]
+    ) -> None:
         if t != self.t:
             raise JournalError(f"step {t} is recorded where step {self.t} was due")
         for id_, reason in dropped:

@@ -93,7 +93,11 @@ def _step(it: Learner, batch: Selection) -> str:
     it.fail("after_step")
     tensors = model.snapshot(it.state.model, it.run.weights_dtype)
     record = Step(
-        t=batch.t, version=batch.t + 1, digest=digest(tensors), consumed=batch.consumed, dropped=batch.dropped
+        t=batch.t,
+        version=batch.t + 1,
+        digest=digest(tensors),
+        consumed=batch.consumed,
+        dropped=batch.dropped,
     )
     it.desk.record(record)
     it.fail("after_step_record")
@@ -168,14 +172,20 @@ def _wire(run: RunConfig, config: LearnerConfig, folder: RunFolder, stack: ExitS
     sealed = seal_of(folder.journal)
     past = catch_up(folder, run, config)
     if past.recomputed:
-        log.info("recomputed %d steps from the journal, %s", past.recomputed, "exact" if past.exact else "approximate")
+        log.info(
+            "recomputed %d steps from the journal, %s",
+            past.recomputed,
+            "exact" if past.exact else "approximate",
+        )
     journal = Journal(folder.journal, incarnation)
     stack.callback(journal.close)
     _open_journal(journal, past, run, config, folder, incarnation, sealed)
     fail = Failpoint.parse(run.failpoint)
     registry = Registry(run.redis, folder.run_id)
     registry.fence(incarnation)
-    publisher = Publisher(registry, open_store(run.store, registry), incarnation, config.keep_versions, fail)
+    publisher = Publisher(
+        registry, open_store(run.store, registry), incarnation, config.keep_versions, fail
+    )
     prompts = Prompts(
         open_source(config.prompts, run.seed),
         config.prompts,
@@ -202,7 +212,13 @@ def _wire(run: RunConfig, config: LearnerConfig, folder: RunFolder, stack: ExitS
     it = Learner(run, config, folder, past.state, desk, prompts, publisher, report, fail)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: it.stop.set())
-    log.info("learner of run %s, incarnation %d, at step %d, on %s", folder.run_id, incarnation, past.state.t, endpoint)
+    log.info(
+        "learner of run %s, incarnation %d, at step %d, on %s",
+        folder.run_id,
+        incarnation,
+        past.state.t,
+        endpoint,
+    )
     return it
 
 
@@ -217,7 +233,9 @@ def _open_journal(
 ) -> None:
     torch_version, threads, world = this_machine()
     sections = (("run", run), ("learner", config))
-    settings = {name: msgspec.msgpack.decode(msgspec.msgpack.encode(section)) for name, section in sections}
+    settings = {
+        name: msgspec.msgpack.decode(msgspec.msgpack.encode(section)) for name, section in sections
+    }
     opened = Open(
         run=folder.run_id,
         incarnation=incarnation,

@@ -49,4 +49,6 @@ def replay(
         return not stopped
 
     past = catch_up(folder, run, config, from_start=True, override=override, on_step=on_step)
-    return Replayed(past.recomputed, equal, digest(model.snapshot(past.state.model, run.weights_dtype)), stopped)
+    return Replayed(
+        past.recomputed, equal, digest(model.snapshot(past.state.model, run.weights_dtype)), stopped
+    )

@@ -29,7 +29,9 @@ RATE_WINDOW = 8  # steps over which speeds are averaged
 
 
 class Report:
-    def __init__(self, folder: RunFolder, registry: Registry, config: LearnerConfig, ledger: Ledger, t: int) -> None:
+    def __init__(
+        self, folder: RunFolder, registry: Registry, config: LearnerConfig, ledger: Ledger, t: int
+    ) -> None:
         self.phase: Phase = "starting"
         self._folder = folder
         self._registry = registry
@@ -92,7 +94,9 @@ class Report:
         if self._lines and self._lines[-1]["step"] == t:
             line = {k: v for k, v in self._lines[-1].items() if k not in ("step", "time")} | line
         self._metrics.write(t, line)
-        log.info("held-out %s: %.3f ± %.3f at version %d", label, point.accuracy, point.standard_error, t)
+        log.info(
+            "held-out %s: %.3f ± %.3f at version %d", label, point.accuracy, point.standard_error, t
+        )
 
     def live(self, desk: Desk, t: int) -> None:
         """Twice a second at most: status.json, and the same in Redis."""
@@ -107,7 +111,9 @@ class Report:
         status = self._picture(desk, t)
         self._file.write(status, force=True)
         self._registry.live("learner", encode(status))
-        (self._folder.path / "summary.json").write_text(json.dumps(self._summary(ending, desk, t), indent=1) + "\n")
+        (self._folder.path / "summary.json").write_text(
+            json.dumps(self._summary(ending, desk, t), indent=1) + "\n"
+        )
 
     def close(self) -> None:
         self._metrics.close()
@@ -159,7 +165,10 @@ class Report:
             reward=last.get("reward"),
             length=last.get("length"),
             entropy=last.get("entropy"),
-            heldout=[_heldout(label, step, point, self._config) for label, step, point in self._evaluations(desk)],
+            heldout=[
+                _heldout(label, step, point, self._config)
+                for label, step, point in self._evaluations(desk)
+            ],
             lags=dict(sorted(self._lags.items())),
             max_lag=self._config.max_lag,
             groups={
@@ -181,7 +190,10 @@ class Report:
         )
 
     def _evaluations(self, desk: Desk) -> list[tuple[str, int, Evaluation]]:
-        return [(k, _step_of(k, self._config.steps), v) for k, v in desk.ledger.evaluations.copy().items()]
+        return [
+            (k, _step_of(k, self._config.steps), v)
+            for k, v in desk.ledger.evaluations.copy().items()
+        ]
 
     def _warnings(self, desk: Desk) -> list[str]:
         warnings = [desk.blocked] if desk.blocked else []
@@ -189,7 +201,9 @@ class Report:
             warnings.append("no actor is connected; waiting for one")
         for actor in desk.actors.copy().values():
             if actor.stats.get("weights_refused"):
-                warnings.append(f"{actor.name} refused a weight version and serves version {actor.version}")
+                warnings.append(
+                    f"{actor.name} refused a weight version and serves version {actor.version}"
+                )
         for reason, count in desk.counts.copy().items():
             if reason.startswith(("invalid_", "refused_")) or reason == "quarantined":
                 warnings.append(f"{reason}: {count}")
@@ -204,7 +218,9 @@ class Report:
         return {
             "ending": ending,
             "steps": t,
-            "seconds": round(self._seconds() if not self._lines else self._lines[-1].get("seconds") or 0.0, 2),
+            "seconds": round(
+                self._seconds() if not self._lines else self._lines[-1].get("seconds") or 0.0, 2
+            ),
             "heldout_before": before.accuracy if before else None,
             "heldout_after": after.accuracy if after else None,
             "length_before": before.length if before else None,
@@ -223,9 +239,13 @@ class Report:
             "lag_mean": sum(k * v for k, v in self._lags.items()) / rollouts if rollouts else 0.0,
             "lag_max": max(self._lags, default=0),
             "max_lag": self._config.max_lag,
-            "learner_idle": sum(line.get("wait_s") or 0.0 for line in self._lines) / steps_s if steps_s else 0.0,
+            "learner_idle": sum(line.get("wait_s") or 0.0 for line in self._lines) / steps_s
+            if steps_s
+            else 0.0,
             "actor_idle": 1.0 - sum(self._busy) / len(self._busy) if self._busy else None,
-            "tokens_trained_per_s": sum(line.get("tokens") or 0.0 for line in self._lines) / steps_s if steps_s else 0.0,
+            "tokens_trained_per_s": sum(line.get("tokens") or 0.0 for line in self._lines) / steps_s
+            if steps_s
+            else 0.0,
         }
 
 
@@ -255,7 +275,9 @@ def _stale_lengths(batch: Selection) -> dict[str, int]:
     every = sorted(_mean_length(g) for g in [*(i.group for i in batch.items), *batch.refused])
     pairs = zip(batch.dropped, batch.refused, strict=True)
     stale = [_mean_length(group) for (_, reason), group in pairs if reason == "stale"]
-    return dict(Counter(f"q{1 + min(3, 4 * every.index(length) // len(every))}" for length in stale))
+    return dict(
+        Counter(f"q{1 + min(3, 4 * every.index(length) // len(every))}" for length in stale)
+    )
 
 
 def _mean_length(group: Any) -> float:

@@ -12,7 +12,9 @@ from tests.test_ledger import Book, admit, issue
 
 
 def config(**fields: object) -> LearnerConfig:
-    return LearnerConfig(**{"groups_per_step": 2, "group_size": 2, "max_lag": 1, "refill_limit": 3.0, **fields})
+    return LearnerConfig(
+        **{"groups_per_step": 2, "group_size": 2, "max_lag": 1, "refill_limit": 3.0, **fields}
+    )
 
 
 def book_of(*rewards: tuple[float, ...], version: int = 0) -> Book:
@@ -49,7 +51,9 @@ def test_groups_after_the_last_one_used_stay_for_the_next_step() -> None:
     book = book_of((1, 0), (0, 1), (1, 1), (1, 0))
     selection = chosen(book)
     assert selection.dropped == ()
-    book.tell(Step(t=0, version=1, digest="", consumed=selection.consumed, dropped=selection.dropped))
+    book.tell(
+        Step(t=0, version=1, digest="", consumed=selection.consumed, dropped=selection.dropped)
+    )
     assert book.ledger.main == [2, 3]
 
 
@@ -94,7 +98,9 @@ def test_with_nothing_left_to_learn_the_batch_is_empty() -> None:
 
 
 def test_truncated_groups_are_dropped_only_when_asked() -> None:
-    cut = make_group(rollouts=(make_rollout(1.0, finish="length"), make_rollout(0.0, finish="length")))
+    cut = make_group(
+        rollouts=(make_rollout(1.0, finish="length"), make_rollout(0.0, finish="length"))
+    )
     assert fate(cut, 0, config()) == ""
     assert fate(cut, 0, config(drop_truncated=True)) == "truncated"
 
@@ -102,7 +108,13 @@ def test_truncated_groups_are_dropped_only_when_asked() -> None:
 def test_aux_groups_join_only_when_admitted_before_the_last_main_group() -> None:
     book = Book()
     book.tell(issue(0), issue(1), issue(2, kind="aux"), issue(3, kind="aux"), issue(4, kind="aux"))
-    book.tell(admit(0), admit(2, (1, 1), "aux"), admit(3, (0, 0), "aux"), admit(1), admit(4, (1, 1), "aux"))
+    book.tell(
+        admit(0),
+        admit(2, (1, 1), "aux"),
+        admit(3, (0, 0), "aux"),
+        admit(1),
+        admit(4, (1, 1), "aux"),
+    )
     assert chosen(book, config(n_aux=1)).consumed == (0, 1, 2)
     assert chosen(book, config(n_aux=3)).consumed == (0, 1, 2, 3)
 

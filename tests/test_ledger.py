@@ -24,8 +24,13 @@ def issue(id_: int, kind: wire.Kind = "main", **fields: object) -> Issue:
     return Issue(ticket=make_ticket(id=id_, kind=kind, **fields))
 
 
-def admit(id_: int, rewards: tuple[float, ...] = (1, 0), kind: wire.Kind = "main", version: int = 0) -> Admit:
-    return Admit(ticket=id_, frame=bytes(CODEC.encode(make_group(rewards, ticket=id_, kind=kind, version=version))))
+def admit(
+    id_: int, rewards: tuple[float, ...] = (1, 0), kind: wire.Kind = "main", version: int = 0
+) -> Admit:
+    return Admit(
+        ticket=id_,
+        frame=bytes(CODEC.encode(make_group(rewards, ticket=id_, kind=kind, version=version))),
+    )
 
 
 class Book:
@@ -49,7 +54,11 @@ class Book:
 
 def test_every_fate_has_its_place_in_the_conservation_line() -> None:
     book = Book()
-    book.tell(*(issue(i) for i in range(6)), *(admit(i) for i in (0, 1, 3)), Drop(ticket=2, reason="failed"))
+    book.tell(
+        *(issue(i) for i in range(6)),
+        *(admit(i) for i in (0, 1, 3)),
+        Drop(ticket=2, reason="failed"),
+    )
     book.tell(Step(t=0, version=1, digest="", consumed=(0,), dropped=((1, "zero_variance"),)))
     sums = book.ledger.sums()["main"]
     assert (sums.issued, sums.trained, sums.buffered, sums.in_flight) == (6, 1, 1, 2)
@@ -107,7 +116,9 @@ def test_the_prompt_cursor_follows_what_was_issued() -> None:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_a_random_life_conserves_every_ticket_and_survives_restoring_at_any_moment(seed: int) -> None:
+def test_a_random_life_conserves_every_ticket_and_survives_restoring_at_any_moment(
+    seed: int,
+) -> None:
     rng, book, next_id, t = random.Random(seed), Book(), 0, 0
     for _ in range(120):
         deed = rng.random()
@@ -124,7 +135,9 @@ def test_a_random_life_conserves_every_ticket_and_survives_restoring_at_any_mome
             book.tell(Drop(ticket=rng.choice(flying).id, reason="failed"))
         batch = select(book.ledger, CONFIG)
         if batch is not None and rng.random() < 0.5:
-            book.tell(Step(t=t, version=t + 1, digest="", consumed=batch.consumed, dropped=batch.dropped))
+            book.tell(
+                Step(t=t, version=t + 1, digest="", consumed=batch.consumed, dropped=batch.dropped)
+            )
             t += 1
         assert all(sums.holds for sums in book.ledger.sums().values())
         if rng.random() < 0.1:
@@ -137,7 +150,11 @@ def test_a_random_life_conserves_every_ticket_and_survives_restoring_at_any_mome
 def test_folding_the_journal_from_disk_gives_the_same_ledger(tmp_path: Path) -> None:
     journal, live = Journal(tmp_path, 1), Ledger()
     opened = Open(run="r", incarnation=1, config={"learner": {}})
-    records: list[AnyRecord] = [opened, *(issue(i) for i in range(4)), *(admit(i) for i in range(3))]
+    records: list[AnyRecord] = [
+        opened,
+        *(issue(i) for i in range(4)),
+        *(admit(i) for i in range(3)),
+    ]
     for record in records:
         live.apply(record, journal.append(record))
     journal.commit()

@@ -23,13 +23,24 @@ def same(a: object, b: object) -> bool:
     if isinstance(a, tuple):
         return isinstance(b, tuple) and len(a) == len(b) and all(map(same, a, b))
     if hasattr(a, "__struct_fields__"):
-        return type(a) is type(b) and all(same(getattr(a, f), getattr(b, f)) for f in a.__struct_fields__)
+        return type(a) is type(b) and all(
+            same(getattr(a, f), getattr(b, f)) for f in a.__struct_fields__
+        )
     return a == b
 
 
 def test_every_message_of_an_actor_comes_back_as_it_went() -> None:
     messages = (
-        wire.Hello(run="r", incarnation=2, protocol=1, digest="d", actor="a", capacity=3, held=(1,), owed=(2,)),
+        wire.Hello(
+            run="r",
+            incarnation=2,
+            protocol=1,
+            digest="d",
+            actor="a",
+            capacity=3,
+            held=(1,),
+            owed=(2,),
+        ),
         wire.Heartbeat(capacity=4, held=(7, 9), version=3, stats={"busy": 0.5}),
         make_group([1, 0, 1], run="r", incarnation=1),
         wire.Failure(ticket=3, attempt=1, blame="infra", reason="engine"),
@@ -67,7 +78,9 @@ def test_an_independent_msgpack_reads_a_group_without_our_code() -> None:
 
 
 def test_an_independent_msgpack_can_write_a_message_that_we_read() -> None:
-    header = msgpack.packb({"type": "heartbeat", "run": "r", "capacity": 2, "held": [1], "from_the_future": 1})
+    header = msgpack.packb(
+        {"type": "heartbeat", "run": "r", "capacity": 2, "held": [1], "from_the_future": 1}
+    )
     heard = ACTOR.decode(struct.pack("<I", len(header)) + header)
     assert (heard.run, heard.capacity, heard.held) == ("r", 2, (1,))
 
@@ -123,7 +136,9 @@ LIES = {
     "nan": {"rollouts": (make_rollout(logps=[-1, float("nan"), -1]), make_rollout())},
     "logprob": {"rollouts": (make_rollout(logps=[-1, 0.5, -1]), make_rollout())},
     "empty": {"rollouts": (wire.Rollout(segments=(), finish="stop", correct=1.0), make_rollout())},
-    "spans": {"rollouts": (make_rollout(segments=(make_segment(spans=((1, 0),)),)), make_rollout())},
+    "spans": {
+        "rollouts": (make_rollout(segments=(make_segment(spans=((1, 0),)),)), make_rollout())
+    },
     "length": {"rollouts": (make_rollout(segments=(make_segment(logps=[-1.0]),)), make_rollout())},
     "temperature": {"rollouts": (make_rollout(temperature=0.0), make_rollout())},
 }

@@ -74,7 +74,10 @@ class Jsonl:
         self._train = _Rows(path, config)
         if heldout == path:
             cut = min(1_000, max(1, len(self._train) // 10))
-            self._heldout, self._train = self._train.part(0, cut), self._train.part(cut, len(self._train))
+            self._heldout, self._train = (
+                self._train.part(0, cut),
+                self._train.part(cut, len(self._train)),
+            )
         else:
             self._heldout = _Rows(heldout, config)
         if not len(self._train) or not len(self._heldout):
@@ -89,7 +92,9 @@ class Jsonl:
 
 
 class _Rows:
-    def __init__(self, path: Path, config: PromptsConfig, offsets: np.ndarray | None = None, first: int = 0) -> None:
+    def __init__(
+        self, path: Path, config: PromptsConfig, offsets: np.ndarray | None = None, first: int = 0
+    ) -> None:
         self._path, self._config, self._first = path, config, first
         self._offsets = _line_offsets(path) if offsets is None else offsets
         if offsets is None and len(self):
@@ -114,7 +119,9 @@ class _Rows:
         for column in wanted:
             if columns.get(column) in (None, ""):
                 known = ", ".join(sorted(columns))
-                raise DataError(f"{where}: no column {column!r} (there are: {known}); map it in [learner.prompts]")
+                raise DataError(
+                    f"{where}: no column {column!r} (there are: {known}); map it in [learner.prompts]"
+                )
         text, gold = (str(columns.pop(column)) for column in wanted)
         return Problem(f"{self._path.stem}/{self._first + number}", text, gold, columns)
 
@@ -129,7 +136,9 @@ def _line_offsets(path: Path) -> np.ndarray:
                     offsets.append(at)
                 at += len(line)
     except OSError as error:
-        raise DataError(f"cannot read the dataset {path}: {error.strerror}; set learner.prompts.path") from None
+        raise DataError(
+            f"cannot read the dataset {path}: {error.strerror}; set learner.prompts.path"
+        ) from None
     return np.asarray(offsets, np.int64)
 
 

@@ -64,6 +64,10 @@ class Prompts:
                 f"problem {problem.id}: a prompt of {len(ids)} tokens; the model's context leaves room for "
                 f"1 to {self._max_prompt} beside learner.max_tokens"
             )
-        part = GradePart(name="correct", grader=self._config.grader, options=self._config.grader_options)
+        part = GradePart(
+            name="correct", grader=self._config.grader, options=self._config.grader_options
+        )
         grading = Grading(gold=problem.gold, parts=(part,), columns=problem.columns)
-        return Draft(problem.id, np.asarray(ids, np.int32), grading, "plain", self._source.name, cursor)
+        return Draft(
+            problem.id, np.asarray(ids, np.int32), grading, "plain", self._source.name, cursor
+        )
