@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from common.config import NaturalInt, NotNegative, Positive, PositiveInt, Section, Share, need
+from learner.methods import AnyMethod
+from learner.methods.base import check as check_methods
 
 
 class PromptsConfig(Section, frozen=True, kw_only=True):
@@ -66,7 +68,7 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
     weight_decay: NotNegative = 0.0
     betas: tuple[Share, Share] = (0.9, 0.95)
     grad_clip: Positive = 1.0
-    methods: tuple[Any, ...] = ()  # decoded as learner.methods.AnyMethod
+    methods: tuple[AnyMethod, ...] = ()
 
     # the machine
     device: str = "auto"
@@ -109,6 +111,11 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
             'dual_clip: reinforce has no ratio to clip; leave it out, or loss = "ppo"',
         )
         need(
+            self.loss != "ppo" or self.correction == "none",
+            f'correction = "{self.correction}": the ratio of ppo is to the behaviour policy already; '
+            'take correction = "none", or loss = "decoupled_ppo"',
+        )
+        need(
             self.correction_low < self.correction_high,
             f"correction_low = {self.correction_low:g}: must be below correction_high "
             f"= {self.correction_high:g}",
@@ -118,3 +125,4 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
             f"lease_s = {self.lease_s:g}: must be longer than three heartbeats "
             f"(heartbeat_s = {self.heartbeat_s:g})",
         )
+        check_methods(self.methods)

@@ -1,4 +1,7 @@
-"""Small, explicit makers of the things tests talk about. A test names what matters to it; the rest has a default."""
+"""Small, explicit makers of the things tests talk about.
+
+A test names what matters to it; the rest has a default.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ def make_segment(
         fields["mask"] = np.asarray(fields["mask"], np.uint8)
     chosen = [-1.0] * len(tokens) if logps is None else logps
     return wire.Segment(
-        role=role, tokens=np.asarray(tokens, np.int32), logps=np.asarray(chosen, np.float32), **fields
+        role=role,
+        tokens=np.asarray(tokens, np.int32),
+        logps=np.asarray(chosen, np.float32),
+        **fields,
     )
 
 
@@ -60,11 +66,22 @@ def make_group(
     **fields: Any,
 ) -> wire.Group:
     """One rollout a reward. Without `tokens` rollout i answers with 3 + i % 3 tokens of its own."""
-    answers = tokens or [[4 + (ticket + i + j) % (VOCAB - 4) for j in range(3 + i % 3)] for i in range(len(rewards))]
-    made = tuple(make_rollout(float(r), a, version=version) for r, a in zip(rewards, answers, strict=True))
-    return wire.Group(
-        ticket=ticket, attempt=attempt, kind=kind, problem=problem, rollouts=rollouts or made, **fields
+    answers = tokens or [_answer(ticket + i, 3 + i % 3) for i in range(len(rewards))]
+    made = tuple(
+        make_rollout(float(r), a, version=version) for r, a in zip(rewards, answers, strict=True)
     )
+    return wire.Group(
+        ticket=ticket,
+        attempt=attempt,
+        kind=kind,
+        problem=problem,
+        rollouts=rollouts or made,
+        **fields,
+    )
+
+
+def _answer(first: int, length: int) -> list[int]:
+    return [4 + (first + j) % (VOCAB - 4) for j in range(length)]
 
 
 def make_ticket(
@@ -90,7 +107,10 @@ def make_ticket(
 
 
 def tiny_model(family: str = "qwen2", seed: int = 0, vocab: int = VOCAB, **shape: Any) -> nn.Module:
-    """A random `AutoModelForCausalLM` of 2 layers, 32 wide, 4 heads on 2; `family` is a transformers model type."""
+    """A random causal language model of 2 layers, 32 wide, 4 heads on 2 key-value heads.
+
+    `family` is a transformers model type; `shape` overrides fields of its configuration.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,0 +1,262 @@
+"""Groups become rows, rows become packed micro-batches. Pure, vectorised, no padding.
+
+    items ── flatten ──▶ Batch     every rollout one row (prompt + segments), in canonical order:
+                                   main rows before aux rows, then ticket, then rollout
+    lengths ── split ──▶ micros    row numbers of each micro-batch, under a token budget,
+                                   balanced by Σ length²
+    Batch, rows ── pack ──▶ Micro  sequences laid end to end, positions restart, attention sees
+                                   each alone
+
+A *token* of the batch is one that the table has a line for: every sampled (policy) token and every
+token with a loss mask. Its log-prob comes from the hidden state one position earlier; what follows
+the last of these hidden states is not fed to the model at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from common import wire
+from learner.attention import Packing
+from learner.table import Static
+
+
+class Item(NamedTuple):
+    """One consumed ticket with its group."""
+
+    ticket: wire.Ticket
+    group: wire.Group
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All rows of a step. R rows, S fed tokens, T table tokens; every array in canonical order."""
+
+    items: tuple[Item, ...]  # main before aux, by ticket id; group g of the table is items[g]
+    main_groups: int
+    ids: np.ndarray  # int64 [S]: what the model is fed
+    lengths: np.ndarray  # int64 [R]: fed tokens of each row
+    starts: np.ndarray  # int64 [R]: where a row begins in `ids`
+    row_group: np.ndarray  # int64 [R]
+    reward: np.ndarray  # float64 [R]
+    row_lag: np.ndarray  # int64 [R]: lag of the row's oldest token
+    row_tokens: np.ndarray  # int64 [R]: table tokens of each row
+    row_trained: np.ndarray  # int64 [R]: those of them with a loss mask
+    token_starts: np.ndarray  # int64 [R]: where a row's tokens begin in the table
+    at: np.ndarray  # int64 [T]: position in its row of the hidden state that predicts the token
+    target: np.ndarray  # int64 [T]: the token itself
+    static: Static  # what is known of the T tokens before any forward pass (advantage still 0)
+
+    @property
+    def rows(self) -> int:
+        return self.lengths.size
+
+    @property
+    def main_rows(self) -> int:
+        return int((self.row_group < self.main_groups).sum())
+
+
+@dataclass(frozen=True)
+class Micro:
+    """One packed micro-batch, as tensors on the training device."""
+
+    ids: torch.Tensor  # int64 [1, S]
+    positions: torch.Tensor  # int64 [1, S]
+    packing: Packing
+    at: torch.Tensor  # int64 [T]: index into S of the predicting hidden state
+    target: torch.Tensor  # int64 [T]
+    temperature: torch.Tensor  # float32 [T]
+    tokens: torch.Tensor  # int64 [T]: the tokens' lines in the table
+
+
+def reward(rollout: wire.Rollout) -> float:
+    """Sum of the parts of the last turn; the raw correctness where nothing was graded in parts."""
+    return math.fsum(rollout.parts[-1].values()) if rollout.parts else rollout.correct
+
+
+def flatten(items: Sequence[Item], version: int) -> Batch:
+    """The batch of `items` for training parameters of `version`, in whatever order they come."""
+    order = tuple(sorted(items, key=lambda item: (item.ticket.kind == "aux", item.ticket.id)))
+    rows = [(g, i) for g, item in enumerate(order) for i in range(len(item.group.rollouts))]
+    rollouts = [order[g].group.rollouts[i] for g, i in rows]
+    parts = _parts(order, rows)
+    counts = np.array([p.ids.size for p in parts], np.int64)
+    flat_ids = _join([p.ids for p in parts], np.int64)
+    flat_keep = _join([p.keep for p in parts], bool)
+    flat_mask = _join([p.mask for p in parts], bool)
+    begins = _starts(counts)
+    row_of = np.repeat(np.arange(len(rows)), counts)
+    kept = np.flatnonzero(flat_keep)
+    row = row_of[kept]
+    position = kept - begins[row]
+    fed = np.zeros(len(rows), np.int64)  # a row ends with the hidden state of its last table token
+    np.maximum.at(fed, row, position)
+    row_tokens = np.bincount(row, minlength=len(rows))
+    groups = np.array([g for g, _ in rows], np.int64)
+    versions = _join([p.versions for p in parts], np.int64)
+    return Batch(
+        items=order,
+        main_groups=sum(item.ticket.kind != "aux" for item in order),
+        ids=flat_ids[np.arange(flat_ids.size) - begins[row_of] < fed[row_of]],
+        lengths=fed,
+        starts=_starts(fed),
+        row_group=groups,
+        reward=np.array([reward(r) for r in rollouts], np.float64),
+        row_lag=np.array([max(0, version - r.oldest_version) for r in rollouts], np.int64),
+        row_tokens=row_tokens,
+        row_trained=np.bincount(row[flat_mask[kept]], minlength=len(rows)),
+        token_starts=_starts(row_tokens),
+        at=position - 1,
+        target=flat_ids[kept],
+        static=_static(order, rows, parts, kept, row, position, np.maximum(0, version - versions)),
+    )
+
+
+class _Row(NamedTuple):
+    """A row's sequence, prompt included. Prompt tokens carry zeros."""
+
+    ids: np.ndarray
+    keep: np.ndarray  # bool: the table has a line for it
+    mask: np.ndarray  # bool: trained on
+    logps: np.ndarray
+    temperature: np.ndarray
+    versions: np.ndarray
+
+
+def _parts(items: Sequence[Item], rows: Sequence[tuple[int, int]]) -> list[_Row]:
+    return [_row(items[g].ticket.prompt, items[g].group.rollouts[i]) for g, i in rows]
+
+
+def _row(prompt: np.ndarray, rollout: wire.Rollout) -> _Row:
+    segments, size = rollout.segments, prompt.size
+    masks = [s.loss_mask for s in segments]
+    keeps = [
+        m if s.role != "policy" else np.ones(m.size, bool)
+        for s, m in zip(segments, masks, strict=True)
+    ]
+    none, zero = np.zeros(size, bool), np.zeros(size, np.float32)
+    return _Row(
+        ids=np.concatenate([prompt, *(s.tokens for s in segments)]),
+        keep=np.concatenate([none, *keeps]),
+        mask=np.concatenate([none, *masks]),
+        logps=np.concatenate([zero, *(s.logps for s in segments)]),
+        temperature=np.concatenate(
+            [zero, *(np.full(s.tokens.size, s.temperature, np.float32) for s in segments)]
+        ),
+        versions=np.concatenate([np.zeros(size, np.int64), *map(_versions, segments)]),
+    )
+
+
+def _versions(segment: wire.Segment) -> np.ndarray:
+    """int64 [tokens]: the weight version that sampled each."""
+    firsts = [first for first, _ in segment.spans] + [segment.tokens.size]
+    return np.repeat([version for _, version in segment.spans], np.diff(firsts))
+
+
+def _static(
+    items: Sequence[Item],
+    rows: Sequence[tuple[int, int]],
+    parts: Sequence[_Row],
+    kept: np.ndarray,
+    row: np.ndarray,
+    position: np.ndarray,
+    lag: np.ndarray,
+) -> Static:
+    group = np.array([g for g, _ in rows], np.int64)[row]
+    aux = np.array([item.ticket.kind == "aux" for item in items], bool)[group]
+    temperature = _join([p.temperature for p in parts], np.float32)[kept]
+    return Static(
+        lb=torch.from_numpy(_join([p.logps for p in parts], np.float32)[kept]),
+        advantage=torch.zeros(kept.size),
+        mask=torch.from_numpy(_join([p.mask for p in parts], bool)[kept]),
+        row=torch.from_numpy(row),
+        group=torch.from_numpy(group),
+        lag=torch.from_numpy(lag[kept]),
+        # aux rows teach the temperature-1 policy with samples drawn at another one, on purpose
+        temperature=torch.from_numpy(np.where(aux, np.float32(1), temperature)),
+        aux=torch.from_numpy(aux),
+        ticket=torch.from_numpy(np.array([item.ticket.id for item in items], np.int64)[group]),
+        rollout=torch.from_numpy(np.array([i for _, i in rows], np.int64)[row]),
+        position=torch.from_numpy(position),
+    )
+
+
+def split(lengths: np.ndarray, budget: int, ranks: int = 1) -> list[list[np.ndarray]]:
+    """Row numbers of every micro-batch of every rank: `result[rank][micro]`.
+
+    Longest first into the micro-batch with the smallest Σ length² that has room for it; every rank
+    gets the same number of micro-batches (sharded forward passes meet), some possibly empty. A row
+    longer than the budget travels alone. Empty rows travel nowhere.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    order = order[lengths[order] > 0]
+    per_rank = max(1, math.ceil(int(lengths.sum()) / budget / ranks))
+    while (bins := _fill(lengths, order, budget, per_rank * ranks)) is None:
+        per_rank += 1
+    cost = [int((lengths[rows] ** 2).sum()) for rows in bins]
+    shares: list[list[np.ndarray]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for b in sorted(range(len(bins)), key=lambda b: (-cost[b], b)):
+        rank = min((r for r in range(ranks) if len(shares[r]) < per_rank), key=load.__getitem__)
+        shares[rank].append(bins[b])
+        load[rank] += cost[b]
+    return shares
+
+
+def _fill(
+    lengths: np.ndarray, order: np.ndarray, budget: int, bins: int
+) -> list[np.ndarray] | None:
+    rows: list[list[int]] = [[] for _ in range(bins)]
+    cost, tokens = np.zeros(bins), np.zeros(bins, np.int64)
+    for row in order:
+        length = lengths[row]
+        room = (tokens + length <= budget) | (tokens == 0)
+        if not room.any():
+            return None
+        best = int(np.where(room, cost, np.inf).argmin())
+        rows[best].append(int(row))
+        cost[best] += float(length) ** 2
+        tokens[best] += length
+    return [np.array(chosen, np.int64) for chosen in rows]
+
+
+def pack(batch: Batch, rows: np.ndarray, device: torch.device | str = "cpu") -> Micro:
+    """The micro-batch of `rows`, shortest first: those of like length share an attention call."""
+    rows = rows[np.argsort(batch.lengths[rows], kind="stable")]
+    lengths, tokens = batch.lengths[rows], batch.row_tokens[rows]
+    fed = _ranges(batch.starts[rows], lengths)
+    lines = _ranges(batch.token_starts[rows], tokens)
+    starts = _starts(lengths)
+
+    def put(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
+    index = put(lines)
+    return Micro(
+        ids=put(batch.ids[fed])[None],
+        positions=put(np.arange(fed.size) - np.repeat(starts, lengths))[None],
+        packing=Packing.of(lengths, device),
+        at=put(batch.at[lines] + np.repeat(starts, tokens)),
+        target=put(batch.target[lines]),
+        temperature=batch.static.temperature.to(device)[index],
+        tokens=index,
+    )
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    return np.cumsum(counts) - counts
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[s, s + 1, … s + c - 1] for every (s, c), end to end."""
+    return np.repeat(starts - _starts(counts), counts) + np.arange(int(counts.sum()))
+
+
+def _join(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate(arrays).astype(dtype) if arrays else np.zeros(0, dtype)

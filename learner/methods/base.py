@@ -1,0 +1,128 @@
+"""The seam where methods plug in: a frozen struct whose fields are the knobs and whose functions are hooks.
+
+A method overrides the hooks it has something to say in; the others are neutral, so that methods compose:
+
+    scale_groups   product      once a step
+    drop           union        once an update, first
+    weigh          product      once an update, of the tokens still alive
+    govern         one owner    once an update, last
+    extra_loss     sum          every micro-batch, on a plan that was made on the whole table
+    ask            one owner    after a step
+    observe        own state    after a step
+
+Everything but `extra_loss` runs without gradient and sees the whole batch, whatever the micro-batches
+and ranks are. A method sees tables and groups only: it reaches no model, no configuration, no other
+method. This module never imports torch, so that recipes are read without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import msgspec
+
+from common.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from common import wire
+    from learner.table import Table
+
+State = dict[str, Any]  # what JSON can hold
+
+
+class Governed(NamedTuple):
+    """The answer of `govern`: factors of the tokens' losses, and a coefficient of an entropy bonus."""
+
+    weight: Tensor | None = None  # float32 [T]
+    bonus: float = 0.0
+
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True):
+    """How the next aux tickets shall be: number of groups and sampling temperature."""
+
+    groups: int
+    temperature: float
+
+
+class Method(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"
+):
+    needs_table: ClassVar[bool] = False  # a table of l, lp, H, N before the first gradient
+
+    @property
+    def name(self) -> str:
+        return str(type(self).__struct_config__.tag)
+
+    @property
+    def neutral(self) -> bool:
+        """True when the knobs make the method do nothing; it is then left out altogether."""
+        return False
+
+    def scale_groups(self, groups: Sequence[wire.Group]) -> np.ndarray | None:
+        """float [G]: factors of the advantages of the batch's main groups, by ticket id."""
+        return None
+
+    def drop(self, table: Table) -> Tensor | None:
+        """bool [T]: tokens to take out of the loss (True: out). The denominator stays."""
+        return None
+
+    def weigh(self, table: Table, alive: Tensor) -> Tensor | None:
+        """float [T]: factors of the tokens' losses. `alive` bool [T]: trained on and not dropped."""
+        return None
+
+    def govern(self, table: Table | None, c: Tensor | None, state: State) -> Governed | None:
+        """The set-point's answer, given c_i = dLoss/dl_i [T] under all other factors.
+
+        Without `needs_table` both are None: then only the state decides.
+        """
+        return None
+
+    def plan(self, table: Table, alive: Tensor) -> Tensor | None:
+        """[T]: what `extra_loss` wants to know that only the whole table tells."""
+        return None
+
+    def extra_loss(self, table: Table, plan: Tensor | None) -> Tensor | None:
+        """float [T]: a loss added to each token's, under the same denominators.
+
+        `table` holds the tokens of (part of) a micro-batch, `logp` and `H` with gradient; `plan` their part of
+        the plan. Aux tokens have no other loss; their denominator is (aux rollouts · length).
+        """
+        return None
+
+    def ask(self, stats: Mapping[str, float], state: State) -> Ask | None:
+        """What to generate beside the main tickets next, given the last step's metrics."""
+        return None
+
+    def initial(self) -> State:
+        """The state before the first step."""
+        return {}
+
+    def observe(self, state: State, facts: Mapping[str, float]) -> State:
+        """The next state, given the step's metrics (those that are the same on every machine)."""
+        return state
+
+
+def overrides(method: Method, hook: str) -> bool:
+    return getattr(type(method), hook) is not getattr(Method, hook)
+
+
+def check(methods: Sequence[Method]) -> None:
+    """Refuse a list that cannot work together: raises ConfigError naming the culprits."""
+    names = sorted(m.name for m in methods)
+    twice = [a for a, b in zip(names, names[1:], strict=False) if a == b]
+    if twice:
+        raise ConfigError(f"methods: {twice[0]!r} is listed twice; keep one")
+    for hook in ("govern", "ask"):
+        owners = sorted(m.name for m in methods if overrides(m, hook))
+        if len(owners) > 1:
+            raise ConfigError(
+                f"methods: {' and '.join(map(repr, owners))} both want to {hook}; keep one"
+            )
+    for method in methods:
+        blind = [h for h in ("drop", "weigh", "plan") if overrides(method, h)]
+        if blind and not method.needs_table:
+            raise ConfigError(f"methods: {method.name!r} has `{blind[0]}` but not `needs_table`")

@@ -1,0 +1,150 @@
+"""Several methods as one. The only place that loops over methods; their order never matters.
+
+Answers are combined in the order of the methods' names, so that not even the last bit depends on the
+recipe. Every answer is checked: its shape, that it is finite, that it carries no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import wire
+from common.errors import DataError
+from learner.methods.base import Ask, Method, State, check, overrides
+from learner.table import Table
+
+
+class Factors(msgspec.Struct, frozen=True):
+    """What the methods say about one update."""
+
+    weight: Tensor | None = None  # float32 [T]; None: all 1
+    bonus: float = 0.0  # coefficient of an entropy bonus
+    plans: dict[str, Tensor] = {}  # noqa: RUF012 msgspec copies defaults
+
+
+class Methods:
+    """The methods of a run that do something, and the hooks over all of them.
+
+    Raises ConfigError when they cannot work together.
+    """
+
+    def __init__(self, methods: Sequence[Method]) -> None:
+        check(methods)
+        self._all = tuple(sorted((m for m in methods if not m.neutral), key=lambda m: m.name))
+        self.needs_table = any(m.needs_table for m in self._all)
+        self.has_extra = any(overrides(m, "extra_loss") for m in self._all)
+
+    def initial(self) -> dict[str, State]:
+        return {m.name: m.initial() for m in self._all}
+
+    @torch.no_grad()
+    def scale_groups(self, groups: Sequence[wire.Group]) -> np.ndarray:
+        """float64 [G]"""
+        product = np.ones(len(groups))
+        for m in self._all:
+            factor = m.scale_groups(groups)
+            if factor is not None:
+                _check_factor(m, np.asarray(factor, np.float64), groups)
+                product = product * factor
+        return product
+
+    @torch.no_grad()
+    def factors(
+        self,
+        table: Table | None,
+        coefficients: Callable[[Tensor | None], Tensor],
+        states: Mapping[str, State],
+    ) -> Factors:
+        """Drop, then weigh what is alive, then plan, then govern. `coefficients` gives c for a weight."""
+        weight, plans = None, {}
+        if table is not None:
+            weight, alive = self._weight(table)
+            for m in self._with("plan"):
+                plan = m.plan(table, alive)
+                if plan is not None:
+                    plans[m.name] = _checked(m, "plan", plan, table)
+        bonus = 0.0
+        for m in self._with("govern"):
+            c = coefficients(weight) if table is not None and m.needs_table else None
+            answer = m.govern(table, c, states.get(m.name) or m.initial())
+            if answer is None:
+                continue
+            bonus = answer.bonus
+            if answer.weight is not None:
+                assert table is not None, f"{m.name!r} governs tokens without `needs_table`"
+                own = _checked(m, "govern", answer.weight, table)
+                weight = own if weight is None else weight * own
+        return Factors(weight, bonus, plans)
+
+    def _weight(self, table: Table) -> tuple[Tensor | None, Tensor]:
+        """The product of the weights, 0 where dropped (None: all 1), and who is alive."""
+        dropped = None
+        for m in self._with("drop"):
+            mask = m.drop(table)
+            if mask is not None:
+                mask = _checked(m, "drop", mask, table).bool()
+                dropped = mask if dropped is None else dropped | mask
+        alive = table.mask & ~table.aux
+        weight = None
+        if dropped is not None:
+            alive, weight = alive & ~dropped, (~dropped).float()
+        for m in self._with("weigh"):
+            own = m.weigh(table, alive)
+            if own is not None:
+                own = _checked(m, "weigh", own, table)
+                weight = own if weight is None else weight * own
+        return weight, alive
+
+    def extra_loss(self, table: Table, plans: Mapping[str, Tensor]) -> Tensor | None:
+        """float32 [T], with gradient; None where no method adds anything."""
+        total: Tensor | None = None
+        for m in self._with("extra_loss"):
+            own = m.extra_loss(table, plans.get(m.name))
+            if own is not None:
+                _checked(m, "extra_loss", own.detach(), table)
+                total = own if total is None else total + own
+        return total
+
+    def ask(self, stats: Mapping[str, float], states: Mapping[str, State]) -> Ask | None:
+        for m in self._with("ask"):
+            return m.ask(stats, states.get(m.name) or m.initial())
+        return None
+
+    def observe(self, states: Mapping[str, State], facts: Mapping[str, float]) -> dict[str, State]:
+        return {m.name: m.observe(states.get(m.name) or m.initial(), facts) for m in self._all}
+
+    def _with(self, hook: str) -> list[Method]:
+        return [m for m in self._all if overrides(m, hook)]
+
+
+def _checked(method: Method, hook: str, answer: Tensor, table: Table) -> Tensor:
+    where = f"method {method.name!r}, {hook}"
+    if answer.shape != table.logp.shape:
+        raise DataError(f"{where}: shape {tuple(answer.shape)} for {len(table.logp)} tokens")
+    if answer.requires_grad:
+        raise DataError(f"{where}: the answer carries a gradient; detach it")
+    finite = torch.isfinite(answer)
+    if not bool(finite.all()):
+        i = int((~finite).nonzero()[0])
+        raise DataError(
+            f"{where}: {float(answer[i])} at position {int(table.position[i])} of rollout "
+            f"{int(table.rollout[i])} of ticket {int(table.ticket[i])}"
+        )
+    return answer
+
+
+def _check_factor(
+    method: Method, factor: np.ndarray[Any, Any], groups: Sequence[wire.Group]
+) -> None:
+    where = f"method {method.name!r}, scale_groups"
+    if factor.shape != (len(groups),):
+        raise DataError(f"{where}: shape {factor.shape} for {len(groups)} groups")
+    bad = np.flatnonzero(~np.isfinite(factor))
+    if bad.size:
+        raise DataError(f"{where}: {factor[bad[0]]} for ticket {groups[bad[0]].ticket}")

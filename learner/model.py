@@ -1,0 +1,139 @@
+"""The policy: a causal language model whose vocabulary is never whole.
+
+`Policy` is what is trained (and sharded): its forward pass holds body and head, so that whoever gathers
+parameters around `forward` gathers the head's too. Its names of parameters are those of the model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common import models
+from common.config import RunConfig
+from common.errors import DataError
+from common.versions import Tensor as Blob
+from learner import attention, head
+from learner.batch import Micro
+from learner.config import LearnerConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Settings that change logits after the head; none of them is part of our head.
+_LOGIT_TRICKS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+class Policy(nn.Module):
+    """`net` is a transformers causal language model; dropout is off (log-probs must mean one thing)."""
+
+    def __init__(self, net: nn.Module, config: LearnerConfig) -> None:
+        super().__init__()
+        self.net: Any = net.eval()
+        self.net.set_attn_implementation(attention.NAME)
+        self._chunk, self._amp = config.head_chunk, config.dtype == "bf16"
+
+    @property
+    def config(self) -> Any:
+        """Of the transformers model."""
+        return self.net.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(
+        self, micro: Micro, objective: head.Objective | None = None
+    ) -> tuple[Tensor | None, head.Columns]:
+        """The columns of the micro-batch's tokens; with an `objective` (head.fused), a scalar to call
+        `backward` on before them. Without one, logp and H are differentiable (at the price of a second
+        computation of the logits)."""
+        hidden, projection = self._hidden(micro)
+        if objective is None:
+            return None, head.columns(hidden, projection, self._chunk)
+        return head.fused(hidden, projection, self._chunk, objective)
+
+    def _hidden(self, micro: Micro) -> tuple[Tensor, head.Projection]:
+        """Only positions that predict a token of the table go on to the head: [T, d]."""
+        with torch.autocast(micro.ids.device.type, torch.bfloat16, enabled=self._amp):
+            states = self.net.base_model(
+                input_ids=micro.ids,
+                position_ids=micro.positions,
+                use_cache=False,
+                packing=micro.packing,
+            ).last_hidden_state
+        out = self.net.get_output_embeddings()
+        dtype = torch.bfloat16 if self._amp else torch.float32
+        hidden = states[0].index_select(0, micro.at)
+        bias = getattr(out, "bias", None)
+        return hidden, head.Projection(out.weight, bias, micro.target, micro.temperature, dtype)
+
+
+def load(run: RunConfig, config: LearnerConfig) -> tuple[Policy, PreTrainedTokenizerFast]:
+    """The model and tokenizer that the run names, fp32, on the configured device.
+
+    Raises DataError: no such folder, a file missing or damaged, an architecture that does not fit, a
+    tokenizer with words that the model has not.
+    """
+    folder = models.find(run.model)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        net = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise DataError(f"cannot load the model {folder}: {str(error).splitlines()[0]}") from None
+    words = net.config.vocab_size
+    if len(tokenizer) > words:
+        raise DataError(
+            f"{folder}: the tokenizer has {len(tokenizer)} words, the model {words}; "
+            "take the tokenizer that belongs to the model"
+        )
+    for trick in _LOGIT_TRICKS:
+        if getattr(net.config, trick, None) not in (None, 1, 1.0):
+            raise DataError(f"{folder}: models with {trick!r} are not supported")
+    return Policy(net, config).to(device(config)), tokenizer
+
+
+def device(config: LearnerConfig) -> torch.device:
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def stop_ids(model: Policy, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """The tokens that end an answer: those of the model's generation settings and the tokenizer's."""
+    settings = getattr(model.net.generation_config, "eos_token_id", None)
+    listed = settings if isinstance(settings, list) else [settings]
+    ids = {i for i in (*listed, tokenizer.eos_token_id) if i is not None}
+    return tuple(sorted(ids))
+
+
+def max_length(model: Policy) -> int:
+    """Positions that the model knows."""
+    return int(model.config.max_position_embeddings)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By the model's own names, sorted; tied weights once."""
+    root = model.net if isinstance(model, Policy) else model
+    return {name: p for name, p in sorted(root.named_parameters()) if p.requires_grad}
+
+
+def snapshot(model: nn.Module, dtype: Literal["fp32", "bf16"]) -> tuple[Blob, ...]:
+    """The trainable tensors as bytes, sorted by name; a copy that later steps do not touch."""
+    blobs = []
+    for name, parameter in trainable(model).items():
+        copy = parameter.detach().to("cpu", _DTYPES[dtype], copy=True).contiguous()
+        data = memoryview(copy.reshape(-1).view(torch.uint8).numpy()).toreadonly()
+        code = "F32" if dtype == "fp32" else "BF16"
+        blobs.append(Blob(name, code, tuple(copy.shape), data))
+    return tuple(blobs)

@@ -1,0 +1,303 @@
+"""One step: a batch, a version. The story of `train_step`, top to bottom:
+
+    flatten ──▶ advantages ──▶ split into micro-batches
+    each update:  table (only where it is wanted) ──▶ factors of the methods
+                  micro-batches: body ──▶ head, gradients by token ──▶ backward
+                  gradients of all ranks ──▶ clip ──▶ AdamW ──▶ weights
+    metrics, the realised entropy change, the methods' states ──▶ t + 1
+
+Every one of the `updates_per_batch` updates trains on the whole batch. The proximal log-probs lp are
+those at the start of the step. They cost no pass of their own: before the first update lp is l, and
+that update's forward pass leaves them for the later ones. A pass without gradient runs only for methods
+that need the table.
+
+`train_step` is a pure function of (state, items, config): on a CPU with the same torch and threads it
+gives the same bits again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import DataError
+from learner.advantage import advantages
+from learner.batch import Batch, Item, Micro, flatten, pack, split
+from learner.comm import Comm
+from learner.config import LearnerConfig
+from learner.head import Objective
+from learner.loss import scale, surrogate
+from learner.measure import Metrics, by_lag, entropy_forecast, rollouts_by_lag
+from learner.methods.compose import Factors, Methods
+from learner.state import TrainState, make_state
+from learner.table import Static, Table
+
+__all__ = ["StepReport", "TrainState", "make_state", "train_step"]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """`metrics` by the names of common.metrics.GLOSSARY; `ask`: how the next aux tickets shall be."""
+
+    metrics: Metrics
+    ask: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all updates of a step share. Columns are [T], on the training device."""
+
+    config: LearnerConfig
+    comm: Comm
+    methods: Methods
+    batch: Batch
+    static: Static  # advantages filled in
+    scale: Tensor  # share of a main token in the total loss; 0 for aux
+    extra_scale: Tensor  # the same, and for aux tokens 1 / (aux rollouts · length)
+    micros: tuple[Micro, ...]  # of this rank
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What one update saw: the table at its start, gathered, and what it did."""
+
+    table: Table
+    c: Tensor  # dLoss/dl [T]
+    loss: float
+    bonus: float
+
+
+def train_step(
+    state: TrainState, items: Sequence[Item], config: LearnerConfig, comm: Comm | None = None
+) -> StepReport:
+    """Train on one batch and make version t + 1. Every rank calls it with the same arguments.
+
+    Raises DataError when a gradient is not finite or a method answers nonsense; the parameters are
+    then those of the last update that worked.
+    """
+    began = time.perf_counter()
+    work = _prepare(state, items, config, comm or Comm.current())
+    lr = config.lr * min(1.0, (state.t + 1) / max(1, config.warmup_steps))
+    passes: list[_Pass] = []
+    forecast: Metrics = {}
+    for update in range(config.updates_per_batch):
+        done = _gradients(state, work, update, passes[0].table.lp if passes else None)
+        norm = _apply(state, work.comm, config, lr)
+        forecast = _sum(forecast, entropy_forecast(done.table, done.c, lr))
+        passes.append(done)
+    first, last = passes[0], passes[-1]
+    metrics: Metrics = {"lr": lr, "tokens": float((work.scale > 0).sum()), "grad_norm": norm}
+    metrics |= {"loss": last.loss, "entropy_bonus": last.bonus}
+    metrics |= rollouts_by_lag(work.batch) | by_lag(last.table, config) | forecast
+    metrics["entropy"] = _mean_entropy(first.table)
+    if config.realised_every and state.t % config.realised_every == 0:
+        metrics |= _realised(state, work, first.table, forecast)
+    metrics |= state.law.metrics()
+    ask = _tell_methods(state, work.methods, metrics)
+    state.t += 1
+    metrics["train_s"] = time.perf_counter() - began
+    return StepReport(metrics, ask)
+
+
+def _prepare(state: TrainState, items: Sequence[Item], config: LearnerConfig, comm: Comm) -> _Work:
+    assert items, "a step needs a batch"
+    methods = Methods(config.methods)
+    batch = flatten(items, state.t)
+    where = state.model.device
+    advantage = torch.from_numpy(_advantages(batch, methods, config)).float()
+    static = replace(batch.static, advantage=advantage[batch.static.row])
+    main, aux = static.mask & ~static.aux, static.mask & static.aux
+    share = scale(main, static.row, config.aggregation, config.max_tokens)
+    aux_share = scale(aux, static.row, "seq_mean", config.max_tokens)
+    mine = split(batch.lengths, config.tokens_per_micro, comm.world_size)[comm.rank]
+    return _Work(
+        config=config,
+        comm=comm,
+        methods=methods,
+        batch=batch,
+        static=static.to(where),
+        scale=share.to(where),
+        extra_scale=(share + aux_share).to(where),
+        micros=tuple(pack(batch, rows, where) for rows in mine if rows.size),
+    )
+
+
+def _advantages(batch: Batch, methods: Methods, config: LearnerConfig) -> np.ndarray:
+    """float64 [R]. Aux rows have no group to compare with: theirs is the reward itself."""
+    main = batch.row_group < batch.main_groups
+    value = batch.reward.copy()
+    value[main] = advantages(batch.reward[main], batch.row_group[main], config.advantage)
+    factor = methods.scale_groups([item.group for item in batch.items[: batch.main_groups]])
+    value[main] *= factor[batch.row_group[main]]
+    return value
+
+
+# ---- one update -------------------------------------------------------------------------------------
+
+
+def _gradients(state: TrainState, work: _Work, update: int, lp: Tensor | None) -> _Pass:
+    """Leave the gradient of this rank's share of the loss in the parameters. `lp` None: lp is l."""
+    when = (state.seed, state.t, update)
+    table = None
+    if work.methods.needs_table:
+        logp, H, N = _columns(state, work)
+        table = Table.join(work.static, logp, logp if lp is None else lp, H, N, when)
+        lp = table.lp
+    factors = work.methods.factors(
+        table, lambda weight: _coefficients(work, table, weight), state.methods_state
+    )
+    state.forget_gradients()
+    seen = work.scale.new_zeros((5, work.scale.numel()))  # l, H, N, c, loss
+    for micro in work.micros:
+        made = seen.new_zeros((2, micro.tokens.numel()))  # c, loss
+        objective = _objective(work, micro, lp, factors, when, made)
+        scalar, columns = state.model(micro, objective)
+        scalar.backward()
+        seen[:, micro.tokens] = torch.cat([torch.stack(columns), made])
+    logp, H, N, c, loss = work.comm.gather(seen)
+    table = Table.join(work.static, logp, logp if lp is None else lp, H, N, when)
+    return _Pass(table, c, float(loss.double().sum()), factors.bonus)
+
+
+def _objective(
+    work: _Work,
+    micro: Micro,
+    lp: Tensor | None,
+    factors: Factors,
+    when: tuple[int, int, int],
+    made: Tensor,
+) -> Objective:
+    """dLoss/dl and dLoss/dH of a micro-batch's tokens, by autograd over 1-D columns; no model in it.
+
+    Notes dLoss/dl and the loss of every token in `made` [2, tokens].
+    """
+    here = micro.tokens
+    static = work.static.take(here)
+    share, extra_share = work.scale[here], work.extra_scale[here]
+    proximal = None if lp is None else lp[here]
+    weight = None if factors.weight is None else factors.weight[here]
+    plans = {name: plan[here] for name, plan in factors.plans.items()}
+    uses_H = work.methods.has_extra or factors.bonus != 0
+
+    def objective(
+        logp: Tensor, H: Tensor, N: Tensor, lo: int, hi: int
+    ) -> tuple[Tensor, Tensor | None]:
+        part = slice(lo, hi)
+        with torch.enable_grad():
+            logp, H = logp.detach().requires_grad_(), H.detach().requires_grad_(uses_H)
+            old = logp.detach() if proximal is None else proximal[part]
+            table = Table.join(static.take(part), logp, old, H, N, when)
+            loss = _weighted(table, share[part], work.config, weight, part)
+            extra = work.methods.extra_loss(table, {k: p[part] for k, p in plans.items()})
+            if extra is not None:
+                loss = loss + extra_share[part] * extra
+            if factors.bonus:
+                loss = loss - share[part] * factors.bonus * H
+            wanted = (logp, H) if uses_H else (logp,)
+            found = torch.autograd.grad(loss.sum(), wanted, allow_unused=True)
+        g_logp = torch.zeros_like(logp) if found[0] is None else found[0]
+        made[0, part], made[1, part] = g_logp, loss.detach()
+        return g_logp, found[1] if uses_H else None
+
+    return objective
+
+
+def _weighted(
+    table: Table, share: Tensor, config: LearnerConfig, weight: Tensor | None, part: slice
+) -> Tensor:
+    """[T]: every token's part of the total loss, under the methods' weights."""
+    loss = surrogate(table.logp, table.lp, table.lb, table.advantage, config)
+    return share * loss if weight is None else share * weight[part] * loss
+
+
+def _coefficients(work: _Work, table: Table | None, weight: Tensor | None) -> Tensor:
+    """c_i = dLoss/dl_i [T] of the whole table under `weight`."""
+    assert table is not None, "coefficients are asked for by methods with a table"
+    with torch.enable_grad():
+        leaf = replace(table, logp=table.logp.detach().requires_grad_())
+        loss = _weighted(leaf, work.scale, work.config, weight, slice(None))
+        (c,) = torch.autograd.grad(loss.sum(), leaf.logp)
+    return c
+
+
+@torch.no_grad()
+def _columns(state: TrainState, work: _Work) -> tuple[Tensor, Tensor, Tensor]:
+    """l, H, N of all tokens [T] at the current parameters, gathered."""
+    seen = work.scale.new_zeros((3, work.scale.numel()))
+    for micro in work.micros:
+        _, columns = state.model(micro)
+        seen[:, micro.tokens] = torch.stack(columns)
+    logp, H, N = work.comm.gather(seen)
+    return logp, H, N
+
+
+def _apply(state: TrainState, comm: Comm, config: LearnerConfig, lr: float) -> float:
+    """One move of the optimiser; returns the gradient's norm before clipping."""
+    comm.sum_gradients(state.model.parameters())
+    state.fetch_gradients()
+    norm = float(torch.nn.utils.clip_grad_norm_(state.masters.values(), config.grad_clip))
+    if not math.isfinite(norm):
+        raise DataError(
+            f"step {state.t}: the gradient's norm is {norm}; lower learner.lr or look for broken "
+            "log-probs in the batch"
+        )
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    state.optimizer.step()
+    state.publish_masters()
+    state.forget_gradients()
+    return norm
+
+
+# ---- afterwards -------------------------------------------------------------------------------------
+
+
+def _realised(state: TrainState, work: _Work, before: Table, forecast: Metrics) -> Metrics:
+    """The entropy change on the same tokens, by one more pass at the new parameters."""
+    began = time.perf_counter()
+    _, H, _ = _columns(state, work)
+    change = _mean_entropy(replace(before, H=H)) - _mean_entropy(before)
+    predicted = forecast["entropy_predicted"]
+    assert isinstance(predicted, float)
+    state.law.add(predicted, change)
+    return {"entropy_realised": change, "entropy_measure_s": time.perf_counter() - began}
+
+
+def _mean_entropy(table: Table) -> float:
+    on = table.mask & ~table.aux
+    return float(table.H[on].double().sum()) / max(1, int(on.sum()))
+
+
+def _sum(a: Metrics, b: Metrics) -> Metrics:
+    """Metrics of two updates, added."""
+    if not a:
+        return b
+    total: Metrics = {}
+    for key, x in b.items():
+        y = a[key]
+        if isinstance(x, dict) and isinstance(y, dict):
+            total[key] = {k: y[k] + v for k, v in x.items()}
+        elif isinstance(x, float) and isinstance(y, float):
+            total[key] = x + y
+    return total
+
+
+def _tell_methods(state: TrainState, methods: Methods, metrics: Metrics) -> dict[str, Any] | None:
+    """The methods' next states, and what they ask for. Times are left out: they never repeat."""
+    facts: dict[str, float] = {"t": float(state.t)}
+    for key, value in metrics.items():
+        if key.endswith("_s"):
+            continue
+        nested: Mapping[str, float] = value if isinstance(value, dict) else {"": value}
+        facts |= {f"{key}/{k}" if k else key: v for k, v in nested.items()}
+    state.methods_state = methods.observe(state.methods_state, facts)
+    ask = methods.ask(facts, state.methods_state)
+    return None if ask is None else msgspec.to_builtins(ask)

@@ -1,0 +1,107 @@
+"""The token table: what is known of every token of a batch, as 1-D columns in canonical order.
+
+    main tokens before aux tokens, then (ticket, rollout, position)
+
+The order does not depend on micro-batches, ranks or the order of admission, so a statistic over the
+table, or a draw from it, does not either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Static:
+    """Columns that need no forward pass. All [T]."""
+
+    lb: Tensor  # float32: behaviour log-prob, as sampled
+    advantage: Tensor  # float32: of its rollout, after the methods' group factors
+    mask: Tensor  # bool: trained on
+    row: Tensor  # int64: its rollout, numbered through the batch
+    group: Tensor  # int64: its group, numbered through the batch
+    lag: Tensor  # int64: trained version - version that sampled it, at least 0
+    temperature: Tensor  # float32: the logits' divisor in training
+    aux: Tensor  # bool: of an aux ticket
+    ticket: Tensor  # int64
+    rollout: Tensor  # int64: its number within the group
+    position: Tensor  # int64: within prompt + response
+
+    def take(self, index: Tensor | slice) -> Self:
+        """The lines that `index` names."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        picked = {k: c[index] for k, c in columns.items() if isinstance(c, Tensor)}
+        return replace(self, **picked)
+
+    def to(self, device: torch.device | str) -> Self:
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: c.to(device) for k, c in columns.items() if isinstance(c, Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Table(Static):
+    """… and those that the policy gives. All float32 [T]."""
+
+    logp: Tensor  # current log-prob of the token
+    lp: Tensor  # proximal: at the start of the step
+    H: Tensor  # entropy of the distribution the token was scored under, nats
+    N: Tensor  # Σ p² (H + ln p) of that distribution
+
+    when: tuple[int, int, int] = (
+        0,
+        0,
+        0,
+    )  # seed of the run, step, update: what draws are made from
+
+    @classmethod
+    def join(
+        cls,
+        static: Static,
+        logp: Tensor,
+        lp: Tensor,
+        H: Tensor,
+        N: Tensor,
+        when: tuple[int, int, int] = (0, 0, 0),
+    ) -> Table:
+        known = {f.name: getattr(static, f.name) for f in fields(Static)}
+        return cls(**known, logp=logp, lp=lp, H=H, N=N, when=when)
+
+    @property
+    def S(self) -> Tensor:
+        """q (H + ln q) of the sampled token: minus the entropy's derivative by its logit."""
+        return self.logp.exp() * (self.H + self.logp)
+
+    def hashes(self, method: str) -> Tensor:
+        """int64 [T]: one pseudo-random number a token, made of nothing but names of things."""
+        digest = hashlib.blake2b(method.encode(), digest_size=8).digest()
+        name = int.from_bytes(digest, "little", signed=True)
+        h = torch.zeros_like(self.ticket)
+        for part in (*self.when, name, self.ticket, self.rollout, self.position):
+            h = _mix(h ^ part)
+        return h
+
+    def draw(self, method: str, n: int, among: Tensor) -> Tensor:
+        """bool [T]: `n` random tokens (or all) of those that the bool column `among` names.
+
+        Those with the smallest hashes: whatever micro-batch or rank a token is in, and whatever the
+        order of the lines, the draw is the same.
+        """
+        candidates = among.nonzero().squeeze(1)
+        order = torch.argsort(self.hashes(method)[candidates], stable=True)
+        chosen = torch.zeros_like(among)
+        chosen[candidates[order[:n]]] = True
+        return chosen
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64 (Steele, Lea, Flood 2014) in wrapping int64; masks make `>>` logical."""
+    x = x + -0x61C8864680B583EB
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
