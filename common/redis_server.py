@@ -58,24 +58,31 @@ class RedisServer:
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
 
+    @property
+    def log(self) -> Path:
+        return self.folder / "redis.log"
+
     def died(self) -> bool:
         """It was started and runs no more, and nobody stopped it."""
         return self.process is not None and self.process.poll() is not None
 
+    def choose_port(self) -> None:
+        """Before `start`, when the address has to be known first."""
+        self.port = free_port()
+
     def start(self) -> None:
         """Returns when it answers; raises DeadlineError."""
         deadline = time.monotonic() + START_DEADLINE_S
-        first = self.port == 0
+        if self.port == 0:
+            self.choose_port()
         while True:
-            if first:  # somebody may take the port between our look and Redis' bind: look again
-                self.port = free_port()
-            self.process = spawn(self._command(), self.folder / "redis.log")
+            self.process = spawn(self._command(), self.log)
             if self._answers(self.process, deadline):
                 return
             if time.monotonic() > deadline:
                 raise DeadlineError(
                     f"redis-server did not answer on port {self.port} within "
-                    f"{START_DEADLINE_S:.0f} s; see {self.folder / 'redis.log'}"
+                    f"{START_DEADLINE_S:.0f} s; see {self.log}"
                 )
 
     def stop(self) -> None:

@@ -1,0 +1,215 @@
+"""`isentrope doctor`: what this machine has and lacks, one line each, with what to do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import click
+
+from common.errors import IsentropeError
+from common.options import overrides_option
+
+Verdict = Literal["ok", "warn", "fail"]
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+GIB = 1 << 30
+
+
+class Finding(NamedTuple):
+    verdict: Verdict
+    what: str
+    said: str  # the fact, and what to do where something is wrong
+
+
+@click.command()
+@click.argument("recipe", required=False, default="tiny")
+@overrides_option
+def doctor(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Check this machine, and RECIPE (default: tiny), before a run."""
+    worst = 0
+    for finding in examine(recipe, overrides):
+        mark = click.style(f"{finding.verdict:<4}", fg=COLOURS[finding.verdict])
+        click.echo(f"{mark}  {finding.what:<10} {finding.said}")
+        worst = max(worst, 1 if finding.verdict == "fail" else 0)
+    sys.exit(worst)
+
+
+def examine(recipe: str, overrides: tuple[str, ...] = ()) -> Iterator[Finding]:
+    yield python()
+    yield torch()
+    yield from transformers()
+    yield cores()
+    yield memory()
+    yield redis_binary()
+    yield loopback()
+    yield disk()
+    yield from of_recipe(recipe, overrides)
+
+
+def python() -> Finding:
+    return Finding("ok", "python", f"{sys.version.split()[0]} at {sys.executable}")
+
+
+def torch() -> Finding:
+    if importlib.util.find_spec("torch") is None:
+        return Finding("fail", "torch", "not installed: pip install torch")
+    import torch as found
+
+    where = f"{found.cuda.device_count()} CUDA device(s)" if found.cuda.is_available() else "CPU"
+    return Finding(
+        "ok", "torch", f"{found.__version__}, {where}, {found.get_num_threads()} threads"
+    )
+
+
+def transformers() -> Iterator[Finding]:
+    """Transformers, and what is known to break it."""
+    try:
+        version = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding("fail", "models", "transformers is not installed: pip install transformers")
+        return
+    if importlib.util.find_spec("torchvision") is None:
+        yield Finding("ok", "models", f"transformers {version}")
+        return
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError, OSError) as error:
+        yield Finding(
+            "fail",
+            "models",
+            f"torchvision does not fit this torch ({str(error).splitlines()[0]}) and breaks "
+            "transformers: pip uninstall torchvision torchaudio torchcodec",
+        )
+    else:
+        yield Finding("ok", "models", f"transformers {version}")
+
+
+def cores() -> Finding:
+    count = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    load = os.getloadavg()[0]
+    if load > count:
+        return Finding("warn", "cores", f"{count}, and busy (load {load:.1f}): runs will be slower")
+    verdict: Verdict = "ok" if count >= 2 else "warn"
+    return Finding(verdict, "cores", f"{count}" if count >= 2 else "1: learner and actors share it")
+
+
+def memory() -> Finding:
+    """Free memory, the smaller of the machine's and the container's."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    info = Path("/proc/meminfo")
+    if info.exists():
+        rows = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        free = int(rows["MemAvailable"].split()[0]) * 1024
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and used.exists() and limit.read_text().strip().isdecimal():
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    if free < 2 * GIB:
+        return Finding("warn", "memory", f"{free / GIB:.1f} GiB free; the demo takes about 2")
+    return Finding("ok", "memory", f"{free / GIB:.1f} GiB free")
+
+
+def redis_binary() -> Finding:
+    from common.redis_server import binary
+
+    try:
+        return Finding("ok", "redis", f"{binary()}")
+    except IsentropeError as error:
+        return Finding("fail", "redis", str(error))
+
+
+def loopback() -> Finding:
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            with socket.create_connection(("127.0.0.1", port), timeout=2):
+                return Finding("ok", "ports", "loopback takes connections")
+    except OSError as error:
+        return Finding("fail", "ports", f"no connection over 127.0.0.1: {error}")
+
+
+def disk() -> Finding:
+    folder = Path("runs") if Path("runs").is_dir() else Path()
+    free = shutil.disk_usage(folder).free
+    if not os.access(folder, os.W_OK):
+        return Finding("fail", "disk", f"cannot write to {folder.resolve()}; give --out DIR")
+    if free < GIB:
+        return Finding("warn", "disk", f"{free / GIB:.1f} GiB free; a full disk pauses a run")
+    return Finding("ok", "disk", f"{free / GIB:.0f} GiB free under {folder.resolve()}")
+
+
+def of_recipe(recipe: str, overrides: tuple[str, ...]) -> Iterator[Finding]:
+    """The recipe itself, its model, its engine and, where they are named, its addresses."""
+    from common.config import RunConfig
+    from common.recipe import load_all, read
+
+    try:
+        sections = load_all(recipe, overrides)
+    except IsentropeError as error:
+        yield Finding("fail", "recipe", str(error))
+        return
+    run = sections["run"]
+    assert isinstance(run, RunConfig)
+    yield Finding("ok", "recipe", recipe)
+    yield _attempt("model", lambda: _model(run.model))
+    if getattr(sections["actor"], "engine", "") == "vllm":
+        yield _vllm()
+    given = read(recipe, overrides).get("run", {})
+    if "learner" in given:
+        yield _attempt("learner", lambda: _bindable(run.learner))
+    if "redis" in given:
+        yield _attempt("registry", lambda: _ping(run.redis))
+
+
+def _attempt(what: str, attempt: Callable[[], str]) -> Finding:
+    try:
+        return Finding("ok", what, attempt())
+    except (IsentropeError, OSError) as error:
+        return Finding("fail", what, str(error))
+
+
+def _model(name: str) -> str:
+    from common import models
+
+    folder = models.find(name)
+    missing = [part for part in ("tokenizer.json",) if not (folder / part).is_file()]
+    if not list(folder.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return f"{folder} ({size / 1e6:,.0f} MB)"
+
+
+def _vllm() -> Finding:
+    if importlib.util.find_spec("vllm") is None:
+        return Finding("fail", "vllm", 'not installed: pip install -e ".[vllm]" in the checkout')
+    return Finding("ok", "vllm", "installed")
+
+
+def _bindable(endpoint: str) -> str:
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if not endpoint.startswith("tcp://") or host == "*":
+        return endpoint
+    with socket.create_server((host, int(port))):
+        return f"{endpoint} is free"
+
+
+def _ping(url: str) -> str:
+    from common.versions import Registry
+
+    registry = Registry(url, "doctor", timeout_s=3.0)
+    try:
+        with registry.asking("answer"):
+            registry.client.ping()
+    finally:
+        registry.close()
+    return f"{url} answers"

@@ -1,0 +1,176 @@
+"""`isentrope run`: one command, one machine: a private Redis, a learner, actors, watched to the
+end."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import click
+
+from common.errors import ConfigError
+from common.options import existing_run, json_option, overrides_option
+
+if TYPE_CHECKING:
+    from common.supervise import Supervisor, View
+
+
+class Plan(NamedTuple):
+    """What is to be started, known to be good."""
+
+    folder: Path
+    resume: bool
+    actors: int
+    redis: str  # "": a private one
+    learner: str
+    failpoint: str
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "recipe.toml"
+
+
+@click.command()
+@click.argument("recipe", required=False)
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder; default runs/NAME-TIME.")
+@click.option(
+    "--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with this run."
+)
+@json_option
+@click.option("--plain", is_flag=True, help="Plain lines instead of the live view.")
+@overrides_option
+def run(
+    recipe: str | None,
+    out: Path | None,
+    resume: Path | None,
+    as_json: bool,
+    plain: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Train on this machine: Redis, a learner and actors, watched live.
+
+    RECIPE is a TOML file or the name of a shipped recipe. With --resume the run's own recipe is
+    used, as it was then; -s changes it from here on.
+    """
+    plan = prepare(recipe, out, resume, overrides)
+
+    from rich.console import Console
+
+    from common.live import open_view
+    from common.summary import complete, show
+
+    console = Console(stderr=as_json)
+    view = open_view(plan.folder, console, plain)
+    view.note(f"run folder {plan.folder}")
+    supervisor = _supervisor(plan, view)
+    began = time.monotonic()
+    try:
+        supervisor.run()
+    finally:
+        view.close()
+    wall_s = time.monotonic() - began
+    summary = complete(plan.folder, {"restarts": supervisor.restarts(), "wall_s": round(wall_s, 2)})
+    show(summary, console)
+    if as_json:
+        click.echo(json.dumps(summary))
+    if supervisor.stopped_by:
+        click.echo(f"stopped; go on with: isentrope run --resume {plan.folder}", err=True)
+        sys.exit(128 + supervisor.stopped_by)
+
+
+# -- before anything starts -------------------------------------------------------------------
+
+
+def prepare(
+    recipe: str | None, out: Path | None, resume: Path | None, overrides: Sequence[str]
+) -> Plan:
+    """Check all there is to check without torch, then make the run folder. Raises ConfigError."""
+    from common import models
+    from common.config import RunConfig
+    from common.recipe import dump, load_all, read
+
+    if recipe is None and resume is None:
+        raise click.UsageError("give a RECIPE, or --resume RUN")
+    if resume is not None and out is not None:
+        raise click.UsageError("--out and --resume exclude each other: a run stays in its folder")
+    source = str(existing_run(resume) / "recipe.toml") if resume else str(recipe)
+    sections = load_all(source, overrides)
+    shared = sections["run"]
+    assert isinstance(shared, RunConfig)
+    models.find(shared.model)
+    folder = resume or _new_folder(out, Path(source).stem)
+    frozen = f"# The recipe of this run: every value in force.\n\n{dump(sections)}"
+    (folder / "recipe.toml").write_text(frozen, encoding="utf-8")
+    given = read(source, overrides).get("run", {})
+    return Plan(
+        folder=folder,
+        resume=resume is not None,
+        actors=getattr(sections["actor"], "count", 0),
+        redis=given.get("redis", ""),
+        learner=given.get("learner", ""),
+        failpoint=shared.failpoint,
+    )
+
+
+def _new_folder(out: Path | None, name: str) -> Path:
+    folder = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (folder / "recipe.toml").exists() or (folder / "run.json").exists():
+        raise ConfigError(f"{folder} holds a run: go on with --resume {folder}, or choose another")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot make the run folder: {error.strerror}") from None
+    return folder
+
+
+# -- the processes ----------------------------------------------------------------------------
+
+
+def _supervisor(plan: Plan, view: View) -> Supervisor:
+    from common.redis_server import RedisServer, free_port
+    from common.supervise import ACTOR_BUDGET, LEARNER_BUDGET, Child, Supervisor
+
+    logs = plan.folder / "logs"
+    redis = None if plan.redis else RedisServer(logs)
+    if redis is not None:
+        redis.choose_port()
+    ends = {
+        "run.redis": redis.url if redis else plan.redis,
+        "run.learner": plan.learner or f"tcp://127.0.0.1:{free_port()}",
+    }
+
+    def learner(life: int) -> list[str]:
+        # A life that ended before it made the run has nothing to resume.
+        resume = ["--resume"] if (plan.folder / "run.json").exists() else []
+        return _command("learner", plan, life, ends, "--run-folder", str(plan.folder), *resume)
+
+    def actor(index: int) -> Child:
+        name = f"actor-{index}"
+        here = ("--learner", ends["run.learner"], "--redis", ends["run.redis"], "--name", name)
+        return Child(
+            name,
+            lambda life: _command("actor", plan, life, {}, *here),
+            logs / f"{name}.log",
+            ACTOR_BUDGET,
+        )
+
+    return Supervisor(
+        learner=Child("learner", learner, logs / "learner.log", LEARNER_BUDGET),
+        actors=[actor(index) for index in range(plan.actors)],
+        redis=redis,
+        view=view,
+    )
+
+
+def _command(
+    module: str, plan: Plan, life: int, overrides: dict[str, str], *options: str
+) -> list[str]:
+    """`-P`: a folder named like one of our packages in the working directory does not shadow it."""
+    failpoint = plan.failpoint if life == 0 else ""  # a failpoint kills once
+    values = {**overrides, "run.failpoint": json.dumps(failpoint)}
+    settings = [part for key, value in values.items() for part in ("-s", f"{key}={value}")]
+    return [sys.executable, "-P", "-m", module, str(plan.recipe), *options, *settings]

@@ -1,0 +1,102 @@
+"""`isentrope status`: a look at a run from another terminal, or over Redis from another machine."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import click
+
+from common.errors import ConfigError, DataError
+from common.options import existing_run
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from common.status import Status
+
+WATCH_S = 1.0
+STALE_S = 15.0  # a learner writes twice a second
+
+
+@click.command()
+@click.argument("run_folder", required=False, metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--redis", "redis_url", metavar="URL", help="Ask this Redis instead of a run folder.")
+@click.option("--watch", is_flag=True, help="Once a second, until Ctrl-C or the end of the run.")
+@click.option("--json", "as_json", is_flag=True, help="The status as one JSON line.")
+def status(run_folder: Path | None, redis_url: str | None, watch: bool, as_json: bool) -> None:
+    """Show what a run is doing: RUN is its folder."""
+    if (run_folder is None) == (redis_url is None):
+        raise click.UsageError("give either RUN or --redis URL")
+    if run_folder is not None:
+        existing_run(run_folder)
+    if as_json:
+        click.echo(_json(run_folder, redis_url))
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console()
+    if not watch:
+        console.print(_picture(run_folder, redis_url, console.width)[0])
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        done = False
+        while not done:
+            picture, done = _picture(run_folder, redis_url, console.width)
+            live.update(picture, refresh=True)
+            time.sleep(0 if done else WATCH_S)
+
+
+def _json(run_folder: Path | None, redis_url: str | None) -> str:
+    from common.status import encode
+
+    found = _look(run_folder, redis_url)
+    if found is None:
+        raise DataError(f"{run_folder}: the learner has not said anything yet")
+    return encode(found).decode()
+
+
+def _picture(
+    run_folder: Path | None, redis_url: str | None, width: int
+) -> tuple[RenderableType, bool]:
+    """What to show, and whether it is the last."""
+    from common import metrics
+    from common.live import render
+
+    now = _look(run_folder, redis_url)
+    lines = metrics.read(run_folder) if run_folder is not None else []
+    notes = []
+    if now is not None and now.phase != "done" and time.time() - now.at > STALE_S:
+        notes.append(f"last word {time.time() - now.at:.0f} s ago: the learner is gone or hangs")
+    title = run_folder.resolve().name if run_folder is not None else ""
+    return render(now, lines, notes, width, title), now is not None and now.phase == "done"
+
+
+def _look(run_folder: Path | None, redis_url: str | None) -> Status | None:
+    from common import status as pictures
+
+    if run_folder is not None:
+        return pictures.read(run_folder)
+    assert redis_url is not None
+    return _asked(redis_url)
+
+
+def _asked(url: str) -> Status:
+    """The run on this Redis; raises ConfigError when there is none, or more than one."""
+    from common import status as pictures
+    from common.versions import Registry
+
+    registry = Registry(url, "*")
+    try:
+        with registry.asking("look for runs"):
+            keys = [key.decode() for key in registry.client.scan_iter(registry.key("live:learner"))]
+            raw = cast("list[bytes | None]", [registry.client.get(key) for key in keys])
+    finally:
+        registry.close()
+    runs = [found for found in (pictures.decode(said) for said in raw if said) if found is not None]
+    if len(runs) != 1:
+        names = ", ".join(sorted(found.run for found in runs)) or "none"
+        raise ConfigError(f"{url}: expected one live run, found {len(runs)} ({names})")
+    return runs[0]

@@ -1,0 +1,93 @@
+"""The end of a run in numbers: the learner's summary.json, and what only the outside can know."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from common.live import clock, number, percent
+
+FILE = "summary.json"
+
+
+def complete(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary with `facts`, the auditor's verdict and the plots; written back."""
+    from common.audit import audit
+    from common.figures import draw
+
+    summary = {
+        **read(folder),
+        "conserved": audit(folder).holds,
+        **facts,
+        "run": str(folder),
+        "plots": [str(plot) for plot in draw(folder)],
+    }
+    aside = folder / f"{FILE}.tmp"
+    aside.write_text(json.dumps(summary, indent=1) + "\n")
+    aside.replace(folder / FILE)
+    return summary
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Empty when the learner did not come to its end."""
+    try:
+        summary = json.loads((folder / FILE).read_text())
+    except FileNotFoundError:
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def show(summary: Mapping[str, Any], console: Console) -> None:
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows(summary):
+        table.add_row(Text(name, "dim"), Text(value))
+    console.print()
+    console.print(table)
+
+
+def rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a person wants to know first, in that order."""
+    groups = summary.get("groups") or {}
+    dropped = ", ".join(f"{n} {reason}" for reason, n in (groups.get("dropped") or {}).items() if n)
+    restarts = ", ".join(f"{name} {n}" for name, n in (summary.get("restarts") or {}).items() if n)
+    plots = summary.get("plots") or []
+    found = [
+        ("held-out", _change(summary, "heldout", ("before", "after"), 3)),
+        ("length", _change(summary, "length", ("before", "after"), 1) + " tokens"),
+        ("entropy", _change(summary, "entropy", ("first", "last"), 3) + " nats per token"),
+        ("steps", f"{summary.get('steps', 0)} in {clock(summary.get('seconds'))}"),
+        ("groups", f"{groups.get('issued', 0)} issued, {groups.get('trained', 0)} trained on"),
+        ("dropped", dropped or "none"),
+        ("conserved", _verdict(summary)),
+        (
+            "lag",
+            f"mean {number(summary.get('lag_mean'), 2)}, "
+            f"largest {summary.get('lag_max')} of {summary.get('max_lag')} allowed",
+        ),
+        (
+            "idle",
+            f"learner {percent(summary.get('learner_idle') or 0)}, "
+            f"actors {percent(summary.get('actor_idle') or 0)}",
+        ),
+        ("trained", f"{summary.get('tokens_trained_per_s') or 0:,.0f} tokens/s"),
+        ("restarts", restarts),
+        ("picture", plots[0] if plots else ""),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def _change(summary: Mapping[str, Any], key: str, ends: tuple[str, str], digits: int) -> str:
+    first, last = (number(summary.get(f"{key}_{end}"), digits) for end in ends)
+    return f"{first} → {last}"
+
+
+def _verdict(summary: Mapping[str, Any]) -> str:
+    if summary.get("conserved"):
+        return "yes, by the journal"
+    return f"NO; see: isentrope audit {summary.get('run')}"
