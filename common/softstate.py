@@ -1,0 +1,118 @@
+"""A run's soft state in Redis: a connection whose every wait has a deadline, and who lives.
+
+Whatever is here may be lost at any moment. Who needs it says it again. Keys, each behind
+`isentrope:<run id>:`
+
+    live              set: names of those who said that they live
+    live:<name>       what one of them last said, until it expires
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from common.errors import ConfigError, DeadlineError, WeightsError
+
+LEAVE_ALONE_S = 5.0  # after a silence, by somebody who only wants to be seen
+
+
+class SoftState:
+    """Redis for one run. Every call ends within about `timeout_s`, or raises DeadlineError.
+
+    Safe to use from several threads at once; an asyncio program calls it by `asyncio.to_thread`.
+    """
+
+    def __init__(self, url: str, run_id: str, timeout_s: float = 10.0) -> None:
+        self.run_id = run_id
+        self.timeout_s = timeout_s
+        try:
+            self.client = redis.Redis.from_url(
+                url,
+                protocol=2,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                socket_read_size=1 << 20,  # of blobs; the default of 64 KiB halves their speed
+                retry=Retry(NoBackoff(), 1),  # a pooled connection may have died with its server
+            )
+        except ValueError as error:
+            raise ConfigError(f"run.redis: {error}") from None
+        self._where = _place(self.client)
+        self._leave_alone_until = 0.0
+
+    def key(self, name: str) -> str:
+        return f"isentrope:{self.run_id}:{name}"
+
+    @contextmanager
+    def asking(self, what: str) -> Iterator[None]:
+        """Redis' exceptions inside become DeadlineError (away) or WeightsError (it refuses)."""
+        try:
+            yield
+        except redis.AuthenticationError as error:
+            raise WeightsError(f"Redis at {self._where} refused to {what}: {error}") from None
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            raise DeadlineError(
+                f"Redis at {self._where} did not answer within {self.timeout_s:g} s "
+                f"({what}): {_one_line(error)}"
+            ) from None
+        except redis.RedisError as error:
+            raise WeightsError(f"Redis at {self._where} refused to {what}: {error}") from None
+
+    def close(self) -> None:
+        self.client.close()
+
+    def live(self, name: str, what: bytes | str, ttl_s: float = 10.0) -> bool:
+        """Say that `name` ("learner", "actor:…") lives, with anything that people want to know.
+
+        Never raises for Redis' sake: False when it is away, and then it is left alone for a while.
+        """
+        if time.monotonic() < self._leave_alone_until:
+            return False
+        try:
+            with self.asking("note who lives"), self.client.pipeline(transaction=False) as pipe:
+                pipe.sadd(self.key("live"), name)
+                pipe.set(self.key(f"live:{name}"), what, px=max(1, int(ttl_s * 1000)))
+                pipe.execute()
+        except (DeadlineError, WeightsError):
+            self._leave_alone_until = time.monotonic() + LEAVE_ALONE_S
+            return False
+        return True
+
+    def leave(self, name: str) -> None:
+        """Say that `name` lives no more. Raises DeadlineError."""
+        with self.asking("note who leaves"), self.client.pipeline(transaction=False) as pipe:
+            pipe.srem(self.key("live"), name)
+            pipe.delete(self.key(f"live:{name}"))
+            pipe.execute()
+
+    def living(self) -> dict[str, bytes]:
+        """What everybody who lives last said."""
+        with self.asking("list who lives"):
+            names = sorted(
+                n.decode() for n in cast("set[bytes]", self.client.smembers(self.key("live")))
+            )
+            if not names:
+                return {}
+            said = cast(
+                "list[bytes | None]", self.client.mget([self.key(f"live:{n}") for n in names])
+            )
+            silent = [name for name, what in zip(names, said, strict=True) if what is None]
+            if silent:
+                self.client.srem(self.key("live"), *silent)
+        return {name: what for name, what in zip(names, said, strict=True) if what is not None}
+
+
+def _place(client: redis.Redis) -> str:
+    """Where it is, without the password that its URL may hold."""
+    options = client.connection_pool.connection_kwargs
+    return str(options.get("path") or f"{options.get('host')}:{options.get('port')}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
