@@ -37,8 +37,11 @@ class Batch:
         self.inbox: deque[Request] = deque()
         self.rows = Rows(slots, model.length)
         self.version = 0
-        self.tokens = 0  # sampled so far
-        self.trained: frozenset[str] = frozenset()  # names of the parameters that versions have changed
+        self.tokens = 0  # sampled so far …
+        self.steps = 0  # … in so many decode steps
+        self.trained: frozenset[str] = (
+            frozenset()
+        )  # names of the parameters that versions have changed
         self._model = model
         self._slots = slots
         self._queue: deque[Request] = deque()  # those with continuations that have no slot yet
@@ -74,7 +77,9 @@ class Batch:
             torch.cuda.synchronize(self._model.device)
         self.version, self.trained = staged.version, staged.names
         self.rows.mark_swap(staged.version)
-        for request in list(self._prefix_rows):  # computed under the old weights, and nothing sampled from it yet
+        for request in list(
+            self._prefix_rows
+        ):  # computed under the old weights, and nothing sampled from it yet
             self._free_prefix(request)
         return time.monotonic() - started
 
@@ -82,7 +87,9 @@ class Batch:
         rows, device = self.rows, self._model.device
         B = rows.count
         position = rows.position[:B]
-        logits = self._model.decode(_on(device, rows.token[:B]), _on(device, position), int(position.max()) + 1)
+        logits = self._model.decode(
+            _on(device, rows.token[:B]), _on(device, position), int(position.max()) + 1
+        )
         uniform = noise.uniform(rows.key[:B], position + 1)
         temperature = rows.temperature[:B]
         warm = None if (temperature == 1.0).all() else _on(device, temperature)
@@ -91,6 +98,7 @@ class Batch:
         if not np.isfinite(logps).all():
             raise EngineError(f"a log-probability under version {self.version} is not finite")
         self.tokens += B
+        self.steps += 1
         for row, finish in rows.extend(tokens, logps):
             self._end(row, finish)
 
@@ -117,7 +125,9 @@ class Batch:
         widest = 0
         for request in self._queue:
             widest = max(widest, len(request.prefix))
-            if len(chosen) == len(self._free_rows) or (chosen and widest * (len(chosen) + 1) > _PREFILL_TOKENS):
+            if len(chosen) == len(self._free_rows) or (
+                chosen and widest * (len(chosen) + 1) > _PREFILL_TOKENS
+            ):
                 break
             chosen.append(request)
         for request in chosen:

@@ -42,7 +42,9 @@ def _pick_by_block(p_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     mass_BK = torch.cat((mass_BK, p_BV[:, whole:].sum(-1, keepdim=True)), 1).double()
     cdf_BK = mass_BK.cumsum(-1)
     target_B = uniform_B * cdf_BK[:, -1]
-    block_B1 = torch.searchsorted(cdf_BK, target_B[:, None], right=True).clamp_(max=mass_BK.shape[1] - 1)
+    block_B1 = torch.searchsorted(cdf_BK, target_B[:, None], right=True).clamp_(
+        max=mass_BK.shape[1] - 1
+    )
     mass_B = mass_BK.gather(1, block_B1)[:, 0]
     before_B = cdf_BK.gather(1, block_B1)[:, 0] - mass_B
     rest_B = ((target_B - before_B) / mass_B).clamp_(0.0, 1.0 - 2.0**-52)

@@ -37,7 +37,11 @@ def decode_step(
     """(tokens [B], position [B]) → logits [B, V] over `cache`, or None for an architecture it does not know."""
     config = net.config
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if type(net).__name__ not in _FAMILIES or config.hidden_act != "silu" or rope not in _STATIC_ROPE:
+    if (
+        type(net).__name__ not in _FAMILIES
+        or config.hidden_act != "silu"
+        or rope not in _STATIC_ROPE
+    ):
         return None
     blocks = [_pack(layer) for layer in net.model.layers]
     cos, sin = _angles(net, length)
@@ -51,12 +55,16 @@ def decode_step(
         cos_B, sin_B = cos[position][:, None], sin[position][:, None]
         x = F.embedding(tokens, net.model.embed_tokens.weight)
         for index, block in enumerate(blocks):
-            qkv = F.linear(F.rms_norm(x, size, block.before_attention, eps), block.qkv, block.qkv_bias)
+            qkv = F.linear(
+                F.rms_norm(x, size, block.before_attention, eps), block.qkv, block.qkv_bias
+            )
             qk = qkv[:, : rotated * D].view(B, rotated, D)
             qk.copy_((qk * cos_B).addcmul_(qk.roll(D // 2, -1), sin_B))
             mixed = cache.attend(index, qk[:, : cache.heads], qkv[:, queries:], scale)
             x = _add(x, mixed.reshape(B, queries), block.out)
-            inner = F.linear(F.rms_norm(x, size, block.before_mlp, eps), block.gate_up, block.gate_up_bias)
+            inner = F.linear(
+                F.rms_norm(x, size, block.before_mlp, eps), block.gate_up, block.gate_up_bias
+            )
             gate, up = inner.chunk(2, -1)
             x = _add(x, F.silu(gate).mul_(up), block.down)
         return F.linear(F.rms_norm(x, size, net.model.norm.weight, eps), net.lm_head.weight)

@@ -32,7 +32,9 @@ class KVCache:
 
     place: Place
 
-    def __init__(self, rows: int, length: int, config: Any, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, rows: int, length: int, config: Any, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_size = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.length = length
@@ -72,7 +74,9 @@ class KVCache:
         )
         return mixed[:, :, 0]
 
-    def _attend_rows(self, q: torch.Tensor, seen: torch.Tensor, place: Place, scale: float) -> torch.Tensor:
+    def _attend_rows(
+        self, q: torch.Tensor, seen: torch.Tensor, place: Place, scale: float
+    ) -> torch.Tensor:
         """One matrix product a row in place of one a head: queries are laid out block-diagonally.
 
         On a CPU small products cost by their number: 1.5 times faster than scaled_dot_product_attention
@@ -82,17 +86,23 @@ class KVCache:
         B, H, D = q.shape
         half = self.key_heads * D
         queries = (q[:, :, None] * self._own_keys).view(B, H, half)
-        scores = torch.baddbmm(place.bias[:, 0], queries, seen[:, :, :half].transpose(1, 2), alpha=scale)
+        scores = torch.baddbmm(
+            place.bias[:, 0], queries, seen[:, :, :half].transpose(1, 2), alpha=scale
+        )
         mixed = torch.bmm(torch.softmax(scores, -1), seen[:, :, half:])
         own = mixed.view(B, self.key_heads, H // self.key_heads, self.key_heads, D)
         return own.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(B, H, D)
 
-    def prefill(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    def prefill(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         """Causal attention of whole prefixes, q [B, H, T, D], k and v [B, Hk, T, D]; keeps k and v."""
         kv = torch.cat((k, v), 1).transpose(1, 2).reshape(len(self.place.index), -1)
         self._flat[layer].index_copy_(0, self.place.index, kv)
         grouped = self.heads != self.key_heads
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
+        )
 
     def _split(self, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Views [B, Hk, W, D] of the keys and the values in [B, W, 2·Hk·D]."""
@@ -122,7 +132,9 @@ def attention(
     The layer finds the cache in its attribute `kv_cache`. Raises DataError for attention that is not ordinary.
     """
     if sliding_window is not None or softcap is not None or s_aux is not None:
-        raise DataError("the torch engine needs ordinary attention: no sliding window, soft cap or sinks")
+        raise DataError(
+            "the torch engine needs ordinary attention: no sliding window, soft cap or sinks"
+        )
     cache, layer = module.kv_cache, module.layer_idx
     assert isinstance(cache, KVCache) and isinstance(layer, int)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5

@@ -16,7 +16,9 @@ def make(run: RunConfig, actor: ActorConfig) -> Engine:
 
         return ScriptedEngine(actor.scripted, slots=actor.slots, max_length=actor.max_length)
     if actor.engine == "vllm":
-        raise ConfigError('engine "vllm" needs the vLLM engine, which this build lacks: set actor.engine = "torch"')
+        raise ConfigError(
+            'engine "vllm" needs the vLLM engine, which this build lacks: set actor.engine = "torch"'
+        )
     folder = models.find(run.model)
     from actor.engine import model
     from actor.engine.torch_engine import TorchEngine

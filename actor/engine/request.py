@@ -20,7 +20,13 @@ class Request:
     """`n` continuations of one prefix; `done` receives them when the last one ends."""
 
     def __init__(
-        self, prefix: np.ndarray, n: int, sampling: Sampling, first: int, deadline: float | None, limit: int
+        self,
+        prefix: np.ndarray,
+        n: int,
+        sampling: Sampling,
+        first: int,
+        deadline: float | None,
+        limit: int,
     ) -> None:
         self.prefix = np.asarray(prefix, np.int64)
         self.sampling = sampling
@@ -61,11 +67,15 @@ class Request:
 def check(prefix: np.ndarray, n: int, sampling: Sampling, vocab_size: int, max_length: int) -> int:
     """The number of tokens a continuation may have; raises DataError for what cannot be sampled."""
     if not 1 <= prefix.size < max_length:
-        raise DataError(f"a prefix of {prefix.size} tokens: the engine takes 1 to {max_length - 1} (actor.max_length)")
+        raise DataError(
+            f"a prefix of {prefix.size} tokens: the engine takes 1 to {max_length - 1} (actor.max_length)"
+        )
     if int(prefix.min()) < 0 or int(prefix.max()) >= vocab_size:
         raise DataError(f"the prefix has a token outside the model's vocabulary [0, {vocab_size})")
     if n < 1 or sampling.max_tokens < 1:
-        raise DataError(f"{n} continuations of {sampling.max_tokens} tokens: both must be at least 1")
+        raise DataError(
+            f"{n} continuations of {sampling.max_tokens} tokens: both must be at least 1"
+        )
     if not (math.isfinite(sampling.temperature) and sampling.temperature > 0):
         raise DataError(f"temperature {sampling.temperature}: it must be above 0")
     if sampling.top_p != 1.0 or sampling.top_k != 0:

@@ -62,7 +62,9 @@ class Rows:
         """End `row` and give its request the sample; returns the row that moved to its place (maybe itself)."""
         size = int(self._size[row])
         spans = request.closed(self._spans[row], size)
-        sample = Sample(self._tokens[row, :size].copy(), self._logps[row, :size].copy(), spans, finish)
+        sample = Sample(
+            self._tokens[row, :size].copy(), self._logps[row, :size].copy(), spans, finish
+        )
         self.requests[row].put(self._index[row], sample)
         last = self.count - 1
         if row != last:
@@ -79,7 +81,15 @@ class Rows:
     def _move(self, source: int, target: int) -> None:
         for column in (self.requests, self._index, self._spans):
             column[target] = column[source]  # type: ignore[index]
-        for array in (self.token, self.position, self.key, self.temperature, self._size, self._limit, self._stop):
+        for array in (
+            self.token,
+            self.position,
+            self.key,
+            self.temperature,
+            self._size,
+            self._limit,
+            self._stop,
+        ):
             array[target] = array[source]
         size = int(self._size[source])
         for block in (self._tokens, self._logps):

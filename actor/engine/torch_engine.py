@@ -47,14 +47,21 @@ class TorchEngine:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         threads: int = 0,
+        fused_decode: bool = True,
     ) -> None:
         """Load the model of `folder` (base version 0). Raises DataError when it cannot be served."""
         if threads:
             torch.set_num_threads(threads)
         self._model = Model(
-            folder, rows=rows_needed(slots), length=max_length, device=torch.device(device), dtype=dtype
+            folder,
+            rows=rows_needed(slots),
+            length=max_length,
+            device=torch.device(device),
+            dtype=dtype,
+            fused_decode=fused_decode,
         )
-        self.vocab_size, self.max_length, self.slots = self._model.vocab_size, self._model.length, slots
+        self.vocab_size, self.max_length = self._model.vocab_size, self._model.length
+        self.slots, self.fused_decode = slots, self._model.fused_decode
         self._batch = Batch(self._model, slots)
         self._alive: set[Request] = set()
         self._swap: tuple[Staged, asyncio.Future[None]] | None = None
@@ -64,10 +71,18 @@ class TorchEngine:
         self._broken: EngineError | None = None
         self._meter = Meter()
         self._pause_s = 0.0
-        self._pool = ThreadPoolExecutor(1, "decode", torch.set_num_threads, (torch.get_num_threads(),))
+        self._pool = ThreadPoolExecutor(
+            1, "decode", torch.set_num_threads, (torch.get_num_threads(),)
+        )
 
     async def generate(
-        self, prefix: np.ndarray, n: int, sampling: Sampling, *, first: int = 0, deadline: float | None = None
+        self,
+        prefix: np.ndarray,
+        n: int,
+        sampling: Sampling,
+        *,
+        first: int = 0,
+        deadline: float | None = None,
     ) -> Sequence[Sample]:
         limit = check(prefix, n, sampling, self.vocab_size, self.max_length)
         self._start()
@@ -85,7 +100,9 @@ class TorchEngine:
     async def update_weights(self, weights: Weights) -> None:
         async with self._updating:
             self._start()
-            staged = await asyncio.to_thread(Staged, weights, self._model.parameters, self._batch.trained)
+            staged = await asyncio.to_thread(
+                Staged, weights, self._model.parameters, self._batch.trained
+            )
             self._start()
             done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._swap = (staged, done)
@@ -115,6 +132,11 @@ class TorchEngine:
             await asyncio.wait([self._task])
         self._fail_all(self._broken)
         self._pool.shutdown()
+
+    @property
+    def steps(self) -> int:
+        """Decode steps so far, each one token for every running sequence."""
+        return self._batch.steps
 
     def _start(self) -> None:
         if self._broken is not None:
