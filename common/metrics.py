@@ -47,7 +47,7 @@ GLOSSARY: dict[str, str] = {
     "lag_max": "largest lag in the batch (steps); never above max_lag",
     "groups": "groups of the batch",
     "rollouts": "rollouts of the batch",
-    "stale_length": "groups dropped as stale, by quarter of the batch's mean lengths (q4: the longest)",
+    "stale_length": "groups dropped as stale, by quarter of the batch's lengths (q4: longest)",
     "dropped": "groups dropped at this step, by reason",
     "issued": "main tickets issued so far",
     "buffered": "groups admitted and not used yet",

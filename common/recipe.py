@@ -170,6 +170,8 @@ def _vet(value: Any, wanted: inspect.Type, path: str) -> Any:
     if isinstance(wanted, inspect.UnionType):
         return _vet_union(value, wanted, path)
     if isinstance(wanted, inspect.StructType) and isinstance(value, dict):
+        if wanted.tag_field:
+            _vet_tag(value, {wanted.tag: wanted}, path)
         fields = {field.encode_name: field.type for field in wanted.fields}
         valid = [*fields, *([wanted.tag_field] if wanted.tag_field else [])]
         for key in value:
@@ -194,15 +196,21 @@ def _vet_union(value: Any, wanted: inspect.UnionType, path: str) -> Any:
     structs = {t.tag: t for t in wanted.types if isinstance(t, inspect.StructType)}
     if not structs or not isinstance(value, dict):
         return value
+    return _vet(value, _vet_tag(value, structs, path), path)
+
+
+def _vet_tag(
+    value: Tree, structs: Mapping[Any, inspect.StructType], path: str
+) -> inspect.StructType:
+    """The struct that `type = ...` names; one alone, without a tag, needs no name."""
     tag_field = next(iter(structs.values())).tag_field
-    tag = value.get(tag_field) if tag_field else None
-    if tag is None and len(structs) == 1:
-        return _vet(value, next(iter(structs.values())), path)
+    if tag_field is None:
+        return next(iter(structs.values()))
+    tag, tags = value.get(tag_field), sorted(str(tag) for tag in structs)
     if tag not in structs:
-        tags = sorted(str(tag) for tag in structs)
         said = f"{tag_field} missing" if tag is None else f"unknown {tag_field} {tag!r}"
         raise ConfigError(f"{path}: {said}{_nearest(str(tag), tags)}; one of: {', '.join(tags)}")
-    return _vet(value, structs[tag], path)
+    return structs[tag]
 
 
 def _takes_text(union: inspect.UnionType) -> bool:
