@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -119,7 +120,8 @@ class FileStore:
                         piece = piece[file.write(piece) :]
             aside.rename(path)
         except OSError as error:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink()
             raise WeightsError(f"blob {path} could not be written: {error.strerror}") from None
 
     def get(self, key: str, into: memoryview) -> None:
@@ -200,20 +202,20 @@ def fetch(
     buffer = np.empty(manifest.nbytes, np.uint8).data
     deadline = time.monotonic() + timeout_s
     content = _Content(manifest, buffer)
-    with ThreadPoolExecutor(_READERS, "fetch") as readers:
+    readers = ThreadPoolExecutor(_READERS, "fetch")
+    try:
         coming = _start(readers, store, manifest.blobs, buffer)
-        try:
-            for blob, future in zip(manifest.blobs, coming, strict=True):
-                future.result(timeout=max(0.0, deadline - time.monotonic()))
-                content.arrived(blob.nbytes)
-        except DeadlineError:
-            raise
-        except TimeoutError:
-            raise DeadlineError(
-                f"version {version}: {content.there} of {manifest.nbytes} bytes in {timeout_s:g} s"
-            ) from None
-        finally:
-            readers.shutdown(wait=False, cancel_futures=True)
+        for blob, future in zip(manifest.blobs, coming, strict=True):
+            future.result(timeout=max(0.0, deadline - time.monotonic()))
+            content.arrived(blob.nbytes)
+    except DeadlineError:
+        raise
+    except TimeoutError:
+        raise DeadlineError(
+            f"version {version}: {content.there} of {manifest.nbytes} bytes in {timeout_s:g} s"
+        ) from None
+    finally:
+        readers.shutdown(wait=False, cancel_futures=True)
     if content.digest() != manifest.digest:
         raise WeightsError(
             f"version {version}: the content's digest is {content.digest()}, "
