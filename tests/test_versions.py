@@ -143,7 +143,7 @@ def test_a_redis_that_hangs_ends_every_wait_too(tmp_path: Path) -> None:
     server.process.send_signal(signal.SIGSTOP)
     began = time.monotonic()
     try:
-        with pytest.raises(DeadlineError, match="within 0.3 s"):
+        with pytest.raises(DeadlineError, match=r"within 0\.3 s"):
             registry.latest()
         assert registry.live("learner", "{}") is False
         assert registry.live("learner", "{}") is False  # left alone by now
