@@ -44,7 +44,7 @@ def call(
     columns: dict[str, Any],
     options: dict[str, Any],
 ) -> list[Score]:
-    """One score a text, None where the grader does not judge; raises DataError for anything else."""
+    """One score a text, None where the grader does not judge; DataError for anything else."""
     repeated = {key: [value] * len(texts) for key, value in columns.items()}
     given = {"prompts": [prompt] * len(texts), "gold": [gold] * len(texts), **repeated, **options}
     scores = resolve(name)(completions=list(texts), **given)
