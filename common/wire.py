@@ -2,19 +2,23 @@
 
 One message is one ZeroMQ frame, and the journal keeps groups in the very bytes that arrived:
 
-    u32 header length · MessagePack header (maps) · zeros up to a multiple of 8 · raw little-endian arrays, 8-aligned
+    u32 header length · MessagePack header (maps) · zeros up to a multiple of 8 · raw little-endian
+    arrays, 8-aligned
 
-In the header an array stands as a map `{"d": dtype, "o": byte offset into the array part, "n": number of elements}`
-with dtype one of `i4`, `f4`, `u1`; decoding makes read-only views, it copies nothing. Everything else is ordinary
-MessagePack with string keys: any language can write an actor. Unknown fields are ignored, so fields can be added
-without a new PROTOCOL number; a changed meaning needs one.
+In the header an array stands as a map `{"d": dtype, "o": byte offset into the array part, "n":
+number of elements}` with dtype one of `i4`, `f4`, `u1`; decoding makes read-only views, it copies
+nothing. Everything else is ordinary MessagePack with string keys: any language can write an actor.
+Unknown fields are ignored, so fields can be added without a new PROTOCOL number; a changed meaning
+needs one.
 
-Facts only: a rollout says which tokens were sampled, with what log-probabilities, temperature and weight versions,
-and how the parts of its reward came out. Advantages, weights and filters are the learner's and never travel.
+Facts only: a rollout says which tokens were sampled, with what log-probabilities, temperature and
+weight versions, and how the parts of its reward came out. Advantages, weights and filters are the
+learner's and never travel.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import Any, ClassVar, Literal
 
@@ -36,7 +40,9 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """How to sample. `seed` makes the noise; position and rollout number are mixed in by the engine."""
+    """How to sample. `seed` makes the noise; position and rollout number are mixed in by the
+    engine.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -84,10 +90,11 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):
-    """A run of tokens with one author. `logps` are behaviour log-probabilities after temperature, 0 where not sampled.
+    """A run of tokens with one author. `logps` are behaviour log-probabilities after temperature, 0
+    where not sampled.
 
-    `spans` is run-length coded weight versions: (index of the first token, version), first index 0, rising.
-    An empty `mask` means: every token of a policy segment is trained on, none of any other.
+    `spans` is run-length coded weight versions: (index of the first token, version), first index 0,
+    rising. An empty `mask` means: every token of a policy segment is trained on, none of any other.
     """
 
     role: Role
@@ -133,7 +140,7 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
         return min(v for s in self.segments for _, v in s.spans)
 
 
-# ---- actor → learner -------------------------------------------------------------------------------------------
+# ---- actor → learner -----------------------------------------------------------------------------
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
@@ -144,7 +151,9 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
 
 
 class Hello(Message, frozen=True, kw_only=True, tag="hello"):
-    """First message of a connection. `held` tickets are still being worked on, `owed` results await their verdict."""
+    """First message of a connection. `held` tickets are still being worked on, `owed` results await
+    their verdict.
+    """
 
     protocol: int
     digest: str  # of the shared [run] section
@@ -182,8 +191,8 @@ class Group(Message, frozen=True, kw_only=True, tag="group"):
 
 
 class Failure(Message, frozen=True, kw_only=True, tag="failure"):
-    """This attempt at the ticket failed. `blame` chooses the budget: `infra` (engine), `data` (prompt, verifier)
-    or `none` (given back untouched: drain, min_version not reached in time)."""
+    """This attempt at the ticket failed. `blame` chooses the budget: `infra` (engine), `data`
+    (prompt, verifier) or `none` (given back untouched: drain, min_version not reached in time)."""
 
     ticket: int
     attempt: int
@@ -197,7 +206,7 @@ class Bye(Message, frozen=True, kw_only=True, tag="bye"):
     held: tuple[int, ...] = ()
 
 
-# ---- learner → actor -------------------------------------------------------------------------------------------
+# ---- learner → actor -----------------------------------------------------------------------------
 
 
 class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
@@ -208,7 +217,9 @@ class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
 
 
 class Pulse(Message, frozen=True, kw_only=True, tag="pulse"):
-    """Answers a heartbeat: the learner lives, and `version` is the newest published (a hint; Redis is the truth)."""
+    """Answers a heartbeat: the learner lives, and `version` is the newest published (a hint; Redis
+    is the truth).
+    """
 
     version: int = -1
 
@@ -237,7 +248,9 @@ class Answer(Message, frozen=True, kw_only=True, tag="answer"):
 
 
 class Drain(Message, frozen=True, kw_only=True, tag="drain"):
-    """Finish nothing new, hand back what is held, deliver what is owed, leave. `final`: the run is over."""
+    """Finish nothing new, hand back what is held, deliver what is owed, leave. `final`: the run is
+    over.
+    """
 
     final: bool = False
 
@@ -337,44 +350,52 @@ def check_group(group: Group, ticket: Ticket, vocab_size: int, clock_version: in
     if len(group.rollouts) != ticket.n:
         raise WireError("count", f"{len(group.rollouts)} rollouts for a ticket of {ticket.n}")
     for rollout in group.rollouts:
-        if not rollout.segments:
-            raise WireError("empty", "a rollout without a segment")
-        if not np.isfinite(rollout.correct) and not rollout.error:
-            raise WireError("nan", "correctness is not a number")
-        if (
-            any(not np.isfinite(v) for part in rollout.parts for v in part.values())
-            and not rollout.error
-        ):
-            raise WireError("nan", "a reward part is not a number")
-        for segment in rollout.segments:
-            _check_segment(segment, vocab_size, clock_version)
-        tokens = sum(s.tokens.size for s in rollout.segments if s.role == "policy")
-        if tokens > ticket.sampling.max_tokens * (1 + max(s.turn for s in rollout.segments)):
-            raise WireError(
-                "length", f"{tokens} sampled tokens; the ticket allows {ticket.sampling.max_tokens}"
-            )
-
-
-def _check_segment(segment: Segment, vocab_size: int, clock_version: int) -> None:
-    tokens, logps, size = segment.tokens, segment.logps, segment.tokens.size
-    if logps.size != size or segment.mask.size not in (0, size):
-        raise WireError(
-            "length", f"{size} tokens, {logps.size} log-probs, mask of {segment.mask.size}"
-        )
-    if size and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
+        _check_rollout(rollout, ticket.sampling.max_tokens, clock_version)
+    segments = [segment for rollout in group.rollouts for segment in rollout.segments]
+    tokens = np.concatenate([segment.tokens for segment in segments])
+    logps = np.concatenate([segment.logps for segment in segments])
+    if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
         raise WireError("vocabulary", f"a token outside [0, {vocab_size})")
-    if size and not np.isfinite(logps).all():
+    least, most = (float(logps.min()), float(logps.max())) if logps.size else (0.0, 0.0)
+    if not math.isfinite(least + most):  # NaN wins both min and max
         raise WireError("nan", "a log-probability is not finite")
-    if size and float(logps.max()) > 1e-3:
+    if most > 1e-3:
         raise WireError("logprob", "a log-probability above 0")
-    if not (np.isfinite(segment.temperature) and segment.temperature > 0):
-        raise WireError("temperature", f"{segment.temperature}")
-    starts = [first for first, _ in segment.spans]
-    rising = all(a < b for a, b in zip(starts, starts[1:], strict=False))
-    if not starts or starts[0] != 0 or not rising or starts[-1] >= max(size, 1):
-        raise WireError("spans", f"version spans {segment.spans} of {size} tokens")
-    if any(not 0 <= version <= clock_version for _, version in segment.spans):
-        raise WireError("version", f"spans {segment.spans}; the newest version is {clock_version}")
+
+
+def _check_rollout(rollout: Rollout, max_tokens: int, clock_version: int) -> None:
+    if not rollout.segments:
+        raise WireError("empty", "a rollout without a segment")
+    if not rollout.error:
+        numbers = [rollout.correct, *(v for part in rollout.parts for v in part.values())]
+        if not math.isfinite(math.fsum(map(abs, numbers))):
+            raise WireError("nan", "a part of the reward is not a number")
+    sampled = turns = 0
+    for segment in rollout.segments:
+        size = segment.tokens.size
+        turns = max(turns, 1 + segment.turn)
+        sampled += size if segment.role == "policy" else 0
+        if segment.logps.size != size or segment.mask.size not in (0, size):
+            sizes = f"{size} tokens, {segment.logps.size} log-probs, mask of {segment.mask.size}"
+            raise WireError("length", sizes)
+        if not 0 < segment.temperature < math.inf:
+            raise WireError("temperature", f"{segment.temperature}")
+        _check_spans(segment.spans, size, clock_version)
+    if sampled > max_tokens * turns:
+        raise WireError("length", f"{sampled} sampled tokens; the ticket allows {max_tokens}")
+
+
+def _check_spans(spans: tuple[tuple[int, int], ...], size: int, clock_version: int) -> None:
+    """First token 0, rising, inside the segment; versions between 0 and the newest."""
+    if not spans or spans[0][0] != 0 or spans[-1][0] >= max(size, 1):
+        raise WireError("spans", f"version spans {spans} of {size} tokens")
+    before = -1
+    for first, version in spans:
+        if first <= before:
+            raise WireError("spans", f"version spans {spans} of {size} tokens")
+        if not 0 <= version <= clock_version:
+            raise WireError("version", f"spans {spans}; the newest version is {clock_version}")
+        before = first
 
 
 def _check_array(name: str, array: np.ndarray, code: str) -> None:

@@ -1,14 +1,16 @@
-"""The learner's counter: one thread that owns the ROUTER socket, the journal, the ledger and the prompt stream.
+"""The learner's counter: one thread that owns the ROUTER socket, the journal, the ledger and the
+prompt stream.
 
 One turn of `_turn`, for ever:
 
     receive what has come ─▶ run what the trainer posted ─▶ expire leases ─▶ issue to whoever has credit
       ─▶ journal.commit()  one fsync for all of it ─▶ send answers and grants ─▶ hand over what is determined
 
-Nothing leaves this thread (an acknowledgement, a ticket, a batch) before the records behind it are durable. The
-trainer talks to it by `call` (run this between two turns, answer after the commit) and `wait` (answer as soon as
-this is not None); who waits there is woken by the turn that makes it true, or by the thread's own death.
-When the disk is full nothing is acknowledged and nothing issued until a commit succeeds; pulses go on.
+Nothing leaves this thread (an acknowledgement, a ticket, a batch) before the records behind it are
+durable. The trainer talks to it by `call` (run this between two turns, answer after the commit) and
+`wait` (answer as soon as this is not None); who waits there is woken by the turn that makes it
+true, or by the thread's own death. When the disk is full nothing is acknowledged and nothing issued
+until a commit succeeds; pulses go on.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from common.wire import (
     Welcome,
 )
 from learner.config import LearnerConfig
-from learner.inbox import Selection, defect, lag, select
+from learner.inbox import Selection, fate, select
 from learner.leases import Leases, Peer
 from learner.ledger import Ledger
 from learner.prompts.stream import Draft, Prompts
@@ -131,7 +133,7 @@ class Desk:
         self._thread = threading.Thread(target=self._run, name="desk", daemon=True)
         self._thread.start()
 
-    # ---- for the trainer's thread ----------------------------------------------------------------------------
+    # ---- for the trainer's thread ----------------------------------------------------------------
 
     def call(self, function: Callable[[], T]) -> T:
         """Run `function` between two turns; its value once everything it journaled is durable."""
@@ -148,7 +150,9 @@ class Desk:
         return future.result()
 
     def wait(self, condition: Callable[[], T | None], idle: Callable[[], bool]) -> T | None:
-        """The first value of `condition` that is not None. `idle` runs twice a second; when it is True, give up."""
+        """The first value of `condition` that is not None. `idle` runs twice a second; when it is
+        True, give up.
+        """
         future = self._post(self._waits, condition)
         while not _done(future, 0.5):
             self._check_alive()
@@ -180,7 +184,9 @@ class Desk:
         self.call(lambda: setattr(self, "version", version))
 
     def evaluate(self, label: str, problems: Sequence[Draft], min_version: int) -> None:
-        """Ask those of `problems` that evaluation `label` has not asked yet, before anything else."""
+        """Ask those of `problems` that evaluation `label` has not asked yet, before anything
+        else.
+        """
 
         def enqueue() -> None:
             known = self.ledger.evaluations.get(label)
@@ -229,7 +235,7 @@ class Desk:
             raise self._death
         assert self._thread.is_alive(), "the desk's thread ended without a word"
 
-    # ---- the desk's thread -----------------------------------------------------------------------------------
+    # ---- the desk's thread -----------------------------------------------------------------------
 
     def _run(self) -> None:
         poller = zmq.Poller()
@@ -237,7 +243,7 @@ class Desk:
         try:
             while not self._stop.is_set():
                 self._turn(poller)
-        except BaseException as error:  # noqa: BLE001 - the thread's top: the trainer raises it in its own thread
+        except BaseException as error:
             self._death = error
             for future, _ in self._called:
                 future.set_exception(error)
@@ -396,7 +402,9 @@ class Desk:
             self._forget(peer, "infra")
 
     def _refuse(self, peer: Peer, error: WireError) -> None:
-        """A message that cannot be read: counted, answered with the reason; the connection lives."""
+        """A message that cannot be read: counted, answered with the reason; the connection
+        lives.
+        """
         self.counts[f"refused_{error.reason}"] += 1
         actor = self.actors.get(peer)
         log.warning("%s sent a message that is %s", actor.name if actor else "a stranger", error)
@@ -431,7 +439,7 @@ class Desk:
         for id_ in self._leases.of(peer):
             self._give_back(id_, blame, "the actor is gone")
 
-    # ---- issuing ---------------------------------------------------------------------------------------------
+    # ---- issuing ---------------------------------------------------------------------------------
 
     def _issue(self, now: float) -> None:
         if self.blocked or not self._issuing or self.version < 0:
@@ -457,14 +465,13 @@ class Desk:
                 del free[peer]
 
     def _room(self) -> dict[str, int]:
-        """How many new tickets of each kind the lag bound allows: outstanding + buffered < (max_lag + 1) × batch."""
+        """How many new tickets of each kind the lag bound allows: outstanding + buffered < (max_lag
+        + 1) × batch.
+        """
         config, t = self.config, self.ledger.t
         flying = Counter(entry.ticket.kind for entry in self.ledger.in_flight())
         usable = {
-            kind: sum(
-                not defect(e.item.group, config) and lag(e.item.group, t) <= config.max_lag
-                for e in self.ledger.buffered(kind)
-            )
+            kind: sum(not fate(entry, t, config) for entry in self.ledger.buffered(kind))
             for kind in ("main", "aux")
         }
         horizon = min(config.max_lag + 1, config.steps - t)
@@ -551,7 +558,7 @@ class Desk:
         self._issued_now += 1
         return id_
 
-    # ---- durability, then everything that depends on it ------------------------------------------------------
+    # ---- durability, then everything that depends on it ------------------------------------------
 
     def _write(self, record: AnyRecord, group: Group | None = None) -> None:
         self.ledger.apply(record, self._journal.append(record), group)
@@ -637,7 +644,9 @@ class Desk:
 
 
 def _wake_pair(context: zmq.Context[Any]) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
-    """Two ends of an in-process pipe: any byte into the first ends the desk's poll on the second."""
+    """Two ends of an in-process pipe: any byte into the first ends the desk's poll on the
+    second.
+    """
     inside, outside = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
     endpoint = f"inproc://desk-{id(outside)}"
     outside.bind(endpoint)

@@ -1,7 +1,9 @@
-"""What a run has been: the newest good checkpoint, then the journal folded on top of it, step by step.
+"""What a run has been: the newest good checkpoint, then the journal folded on top of it, step by
+step.
 
-Resume and replay are the same walk. A step found in the journal is trained again on the very groups the batch rule
-picks, and must come out as recorded: the same tickets always, the same bits on the same threads and torch build.
+Resume and replay are the same walk. A step found in the journal is trained again on the very groups
+the batch rule picks, and must come out as recorded: the same tickets always, the same bits on the
+same threads and torch build.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from common import journal
 from common.config import RunConfig
 from common.errors import DataError, JournalError
 from common.journal import Position
-from common.records import AnyRecord, Open, Step
+from common.records import AnyRecord, ConfigChange, Open, Step
 from common.runfolder import RunFolder
 from common.versions import digest
 from learner import checkpoint, model
@@ -33,7 +35,9 @@ OnStep = Callable[[Selection, StepReport, bool], bool]  # (batch, report, bits a
 
 @dataclass(slots=True)
 class Past:
-    """Where a run stands: the parameters after `state.t` steps, and the ledger at the journal's end."""
+    """Where a run stands: the parameters after `state.t` steps, and the ledger at the journal's
+    end.
+    """
 
     state: TrainState
     ledger: Ledger
@@ -53,8 +57,9 @@ def catch_up(
 ) -> Past:
     """Fold the whole journal; train again every step that no checkpoint holds.
 
-    `from_start` ignores checkpoints. `override` trains with `config` instead of what the journal says, and compares
-    nothing. Raises JournalError when a step does not come out as it was recorded.
+    `from_start` ignores checkpoints. `override` trains with `config` instead of what the journal
+    says, and compares nothing. Raises JournalError when a step does not come out as it was
+    recorded.
     """
     past = None if from_start else _from_checkpoint(folder, run, config)
     if past is None:
@@ -68,7 +73,7 @@ def catch_up(
         past.ledger.apply(record, at)
         if isinstance(record, Open):
             machine = (record.torch, record.threads, record.world_size)
-        if not override and past.ledger.learner_config is not None:
+        if isinstance(record, Open | ConfigChange) and not override:
             past.config = msgspec.convert(past.ledger.learner_config, LearnerConfig)
     return past
 

@@ -1,8 +1,9 @@
 """The batch rule: which admitted groups step t trains on. A pure function of the admission order.
 
-The main part of step t is the first `groups_per_step` usable main groups in admission order. Groups on the way to
-them that are not usable are dropped, each by its reason. When `refill_limit` × `groups_per_step` main groups since
-the last step were not enough, the step trains on those usable among them; with none, the policy has solved the task.
+The main part of step t is the first `groups_per_step` usable main groups in admission order. Groups
+on the way to them that are not usable are dropped, each by its reason. When `refill_limit` ×
+`groups_per_step` main groups since the last step were not enough, the step trains on those usable
+among them; with none, the policy has solved the task.
 """
 
 from __future__ import annotations
@@ -39,20 +40,22 @@ def defect(group: Group, config: LearnerConfig) -> str:
     return ""
 
 
-def lag(group: Group, t: int) -> int:
-    """Of its oldest token: trained version (= t) − token version, never below 0."""
-    return max(0, t - min(rollout.oldest_version for rollout in group.rollouts))
+def fate(entry: Entry, t: int, config: LearnerConfig) -> str:
+    """Why step t cannot use this admitted group, "" when it can.
 
-
-def fate(group: Group, t: int, config: LearnerConfig) -> str:
-    """Why step t cannot use this group, "" when it can."""
-    return defect(group, config) or ("stale" if lag(group, t) > config.max_lag else "")
+    Lag is that of its oldest token: trained version (= t) − token version; negative counts as 0.
+    """
+    if entry.verdict is None or entry.verdict[0] is not config:
+        entry.verdict = config, defect(entry.item.group, config)
+    return entry.verdict[1] or ("stale" if t - entry.oldest > config.max_lag else "")
 
 
 def select(ledger: Ledger, config: LearnerConfig) -> Selection | None:
     """The batch of step `ledger.t`, or None while it is not determined yet."""
     t = ledger.t
     limit = max(1, round(config.refill_limit * config.groups_per_step))
+    if len(ledger.main) < min(config.groups_per_step, limit):
+        return None
     main, dropped, seen = _first_usable(
         ledger.buffered("main")[:limit], config.groups_per_step, t, config
     )
@@ -75,7 +78,7 @@ def _first_usable(
     for seen, entry in enumerate(entries):
         if len(usable) == count:
             return usable, dropped, seen
-        reason = fate(entry.item.group, t, config)
+        reason = fate(entry, t, config)
         if reason:
             dropped.append((entry.ticket.id, reason))
         else:

@@ -3,8 +3,9 @@
      issue ──▶ open ──▶ admit ──▶ buffered ──▶ step ──▶ trained | dropped: zero_variance | stale | …
                  └──▶ drop: failed | surplus          (eval: admit ──▶ evaluated)
 
-At every instant, for every kind: issued = trained + evaluated + dropped (by reason) + buffered + in flight.
-Who holds which ticket just now is not here (leases.py): that may be forgotten, this may not.
+At every instant, for every kind: issued = trained + evaluated + dropped (by reason) + buffered + in
+flight. Who holds which ticket just now is not here (leases.py): that may be forgotten, this may
+not.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ class Entry:
     issued_at: Position
     group: Group | None = None
     order: int = -1
+    oldest: int = -1  # version of the group's oldest token
+    verdict: tuple[object, str] | None = None  # inbox.py's memory of (config, defect)
+
+    def admit(self, group: Group, order: int) -> None:
+        self.group, self.order = group, order
+        self.oldest = min((r.oldest_version for r in group.rollouts), default=0)
 
     @property
     def item(self) -> Item:
@@ -113,7 +120,9 @@ class Ledger:
     _tickets: Codec = field(default_factory=lambda: Codec(Ticket))
 
     def apply(self, record: AnyRecord, at: Position, group: Group | None = None) -> None:
-        """Fold one record in. `group` is the decoded frame of an Admit, where the caller has it already."""
+        """Fold one record in. `group` is the decoded frame of an Admit, where the caller has it
+        already.
+        """
         match record:
             case Issue(ticket=ticket):
                 self._issue(ticket, at)
@@ -141,7 +150,9 @@ class Ledger:
         return [self.open[id_] for id_ in (self.main if kind == "main" else self.aux)]
 
     def sums(self) -> dict[str, Sums]:
-        """A conservation line for every kind seen; buffered and in flight are counted, not derived."""
+        """A conservation line for every kind seen; buffered and in flight are counted, not
+        derived.
+        """
         for sums in self._sums.values():
             sums.buffered = sums.in_flight = 0
         for entry in self.open.values():
@@ -152,7 +163,7 @@ class Ledger:
                 sums.buffered += 1
         return self._sums
 
-    # ---- the fold, saved and restored ------------------------------------------------------------------------
+    # ---- the fold, saved and restored ------------------------------------------------------------
 
     def dump(self, end: Position) -> bytes:
         oldest = min((e.issued_at for e in self.open.values()), default=end)
@@ -187,7 +198,9 @@ class Ledger:
 
     @classmethod
     def restore(cls, fold: Fold, records: Iterable[tuple[Position, AnyRecord]]) -> Ledger:
-        """The ledger of a checkpoint. `records` are those from the fold's `oldest` up to its `end`."""
+        """The ledger of a checkpoint. `records` are those from the fold's `oldest` up to its
+        `end`.
+        """
         orders = dict(fold.open)
         codec = Codec(Ticket)
         self = cls(
@@ -210,7 +223,7 @@ class Ledger:
                 self.open[record.ticket.id] = Entry(record.ticket, at)
             elif isinstance(record, Admit) and orders.get(record.ticket, -1) >= 0:
                 entry = self.open[record.ticket]
-                entry.group, entry.order = self._codec.decode(record.frame), orders[record.ticket]
+                entry.admit(self._codec.decode(record.frame), orders[record.ticket])
         missing = [
             i
             for i, order in fold.open
@@ -222,7 +235,7 @@ class Ledger:
             )
         return self
 
-    # ---- transitions -----------------------------------------------------------------------------------------
+    # ---- transitions -----------------------------------------------------------------------------
 
     def _issue(self, ticket: Ticket, at: Position) -> None:
         if ticket.id in self.open or self.is_closed(ticket.id):
@@ -239,7 +252,7 @@ class Ledger:
         entry = self.open.get(id_)
         if entry is None or entry.group is not None:
             raise JournalError(f"ticket {id_} is admitted twice, or was never issued")
-        entry.group, entry.order = group, self._admitted
+        entry.admit(group, self._admitted)
         self._admitted += 1
         if entry.ticket.kind == "main":
             self.main.append(id_)

@@ -1,4 +1,6 @@
-"""What people see of a learner: a line of metrics a step, a live status, a summary at the end. Nothing decides by it."""
+"""What people see of a learner: a line of metrics a step, a live status, a summary at the end.
+Nothing decides by it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from common.status import ActorStatus, Heldout, Phase, Status, StatusFile, encod
 from common.versions import Registry
 from learner.config import LearnerConfig
 from learner.evaluation import Evaluation
-from learner.inbox import Selection, lag
+from learner.inbox import Selection
 from learner.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ class Report:
         for label, point in ledger.evaluations.items():
             self._points[label] = (_step_of(label, config.steps), point)
 
-    # ---- while it runs ---------------------------------------------------------------------------------------
+    # ---- while it runs ---------------------------------------------------------------------------
 
     def waiting(self, wait: Callable[[], T]) -> T:
         """Run `wait`, and count its time as the learner's idle time."""
@@ -118,7 +120,7 @@ class Report:
     def close(self) -> None:
         self._metrics.close()
 
-    # ---- the numbers -----------------------------------------------------------------------------------------
+    # ---- the numbers -----------------------------------------------------------------------------
 
     def _seconds(self) -> float:
         return self._before_s + (time.monotonic() - self._began if self._started else 0.0)
@@ -264,14 +266,16 @@ def _batch_facts(batch: Selection) -> dict[str, Any]:
         "rollouts": sum(lags.values()),
         "lag": {str(k): v for k, v in sorted(lags.items())},
         "lag_mean": sum(k * v for k, v in lags.items()) / trained,
-        "lag_max": max((lag(g, batch.t) for g in main), default=0),
+        "lag_max": max(lags, default=0),
         "dropped": dict(Counter(reason for _, reason in batch.dropped)),
         "stale_length": _stale_lengths(batch),
     }
 
 
 def _stale_lengths(batch: Selection) -> dict[str, int]:
-    """Stale groups by quarter of the batch's lengths: if the long ones go first, that is a bias to see."""
+    """Stale groups by quarter of the batch's lengths: if the long ones go first, that is a bias to
+    see.
+    """
     every = sorted(_mean_length(g) for g in [*(i.group for i in batch.items), *batch.refused])
     pairs = zip(batch.dropped, batch.refused, strict=True)
     stale = [_mean_length(group) for (_, reason), group in pairs if reason == "stale"]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from common.journal import Position
 from common.records import Step
+from common.wire import Group
 from learner.config import LearnerConfig
-from learner.inbox import Selection, fate, select
-from tests.builders import make_group, make_rollout
+from learner.inbox import Selection, select
+from learner.inbox import fate as fate_of
+from learner.ledger import Entry
+from tests.builders import make_group, make_rollout, make_ticket
 from tests.test_ledger import Book, admit, issue
 
 
@@ -15,6 +19,12 @@ def config(**fields: object) -> LearnerConfig:
     return LearnerConfig(
         **{"groups_per_step": 2, "group_size": 2, "max_lag": 1, "refill_limit": 3.0, **fields}
     )
+
+
+def fate(group: Group, t: int, settings: LearnerConfig) -> str:
+    entry = Entry(make_ticket(), Position("", 0))
+    entry.admit(group, 0)
+    return fate_of(entry, t, settings)
 
 
 def book_of(*rewards: tuple[float, ...], version: int = 0) -> Book:
