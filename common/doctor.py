@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,7 +44,7 @@ def doctor(recipe: str, overrides: tuple[str, ...]) -> None:
 def examine(recipe: str, overrides: tuple[str, ...] = ()) -> Iterator[Finding]:
     yield python()
     yield torch()
-    yield from transformers()
+    yield transformers()
     yield cores()
     yield memory()
     yield redis_binary()
@@ -57,38 +57,43 @@ def python() -> Finding:
     return Finding("ok", "python", f"{sys.version.split()[0]} at {sys.executable}")
 
 
+TORCH = """import torch
+cuda = torch.cuda.is_available()
+where = f"{torch.cuda.device_count()} CUDA device(s)" if cuda else "CPU"
+print(f"{torch.__version__}, {where}, {torch.get_num_threads()} threads")"""
+
+
 def torch() -> Finding:
-    if importlib.util.find_spec("torch") is None:
-        return Finding("fail", "torch", "not installed: pip install torch")
-    import torch as found
-
-    where = f"{found.cuda.device_count()} CUDA device(s)" if found.cuda.is_available() else "CPU"
-    return Finding(
-        "ok", "torch", f"{found.__version__}, {where}, {found.get_num_threads()} threads"
-    )
+    said, wrong = _ask_python(TORCH)
+    if wrong:
+        return Finding("fail", "torch", f"{wrong}: pip install torch (the scripts pin the build)")
+    return Finding("ok", "torch", said)
 
 
-def transformers() -> Iterator[Finding]:
+def transformers() -> Finding:
     """Transformers, and what is known to break it."""
-    try:
-        version = importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
-        yield Finding("fail", "models", "transformers is not installed: pip install transformers")
-        return
-    if importlib.util.find_spec("torchvision") is None:
-        yield Finding("ok", "models", f"transformers {version}")
-        return
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError, OSError) as error:
-        yield Finding(
+    said, wrong = _ask_python("import transformers; print(transformers.__version__)")
+    if wrong:
+        return Finding("fail", "models", f"{wrong}: pip install transformers")
+    if importlib.util.find_spec("torchvision") is not None:
+        _, wrong = _ask_python("import torchvision")
+    if wrong:  # it then breaks the import of every model
+        return Finding(
             "fail",
             "models",
-            f"torchvision does not fit this torch ({str(error).splitlines()[0]}) and breaks "
-            "transformers: pip uninstall torchvision torchaudio torchcodec",
+            f"torchvision does not fit this torch ({wrong}): "
+            "pip uninstall torchvision torchaudio torchcodec",
         )
-    else:
-        yield Finding("ok", "models", f"transformers {version}")
+    return Finding("ok", "models", f"transformers {said}")
+
+
+def _ask_python(code: str) -> tuple[str, str]:
+    """(what it printed, the last line of what went wrong), in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
+    wrong = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return done.stdout.strip(), wrong if done.returncode else ""
 
 
 def cores() -> Finding:

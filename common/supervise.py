@@ -121,7 +121,8 @@ class Supervisor:
                     self._asked_to_stop()
                     self.view.refresh()
                     _wait(wake, PICTURE_S)
-                self._let_actors_leave(wake)
+                if not self.stopped_by:
+                    self._let_actors_leave(wake)
             finally:
                 self._stop_all()
         self.view.refresh()
@@ -211,7 +212,9 @@ class Supervisor:
             self.learner.process.kill()
 
     def _let_actors_leave(self, wake: socket.socket) -> None:
-        """The learner told them to; those that stay too long are stopped afterwards."""
+        """The learner's end told them to; those that stay too long are stopped afterwards."""
+        for child in self.actors:
+            child.due = None
         deadline = time.monotonic() + LEAVE_DEADLINE_S
         while time.monotonic() < deadline and not self._signals:
             if not any(child.alive() for child in self.actors):

@@ -1,0 +1,207 @@
+"""What people see: the live picture, plain lines, `status`, the PNGs, the summary."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from common import figures, live, metrics, status, summary
+from common.metrics import Metrics
+from common.status import ActorStatus, Heldout, Status, StatusFile
+from common.versions import Registry
+
+STEPS = 12
+
+
+def a_status(step: int = STEPS) -> Status:
+    return Status(
+        run="r1",
+        at=time.time(),
+        phase="training",
+        step=step,
+        steps=60,
+        version=step,
+        seconds=25.0,
+        eta_s=100.0,
+        reward=0.61,
+        length=17.2,
+        entropy=0.21,
+        heldout=[Heldout(step=0, accuracy=0.452, length=12.1, done=512, of=512, label="before")],
+        lags={0: 180, 1: 60, 2: 10},
+        max_lag=2,
+        groups={
+            "main": {"issued": 1234, "trained": 900, "zero_variance": 300, "in_flight": 34},
+            "eval": {"issued": 512, "evaluated": 512},
+        },
+        learner_idle=0.3,
+        tokens_per_s=3210.0,
+        actors={
+            "actor-0": ActorStatus(version=step, tokens_per_s=2200, busy=0.9, held=9, capacity=9),
+            "actor-1": ActorStatus(version=step - 1, silent_s=7.0),
+        },
+    )
+
+
+def a_run(folder: Path) -> Path:
+    """A run folder in which twelve steps happened."""
+    (folder / "recipe.toml").write_text("[run]\n")
+    sink = Metrics(folder)
+    sink.write(0, {"heldout": 0.45, "heldout_length": 12.0})
+    for step in range(1, STEPS + 1):
+        sink.write(
+            step,
+            {
+                "reward": 0.4 + 0.03 * step,
+                "entropy": 0.4 / step,
+                "length": 10.0 + step,
+                "lag": {"0": 200, "1": 50},
+                "groups": 32,
+                "dropped": {"zero_variance": step},
+                "tokens_per_s": 3000.0,
+                "sampled_tokens_per_s": 4000.0,
+                "learner_idle": 0.3,
+                "actor_idle": 0.1,
+                "entropy_predicted": -0.01,
+                "entropy_realised": -0.012 if step % 10 == 0 else None,
+            },
+        )
+    sink.close()
+    StatusFile(folder).write(a_status(), force=True)
+    return folder
+
+
+def shown(now: Status | None, folder: Path, width: int) -> str:
+    console = Console(width=width, force_terminal=False)
+    with console.capture() as captured:
+        console.print(live.render(now, metrics.read(folder), ["a note"], width, "tiny"))
+    return captured.get()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_live_picture_says_it_all_within_the_width(tmp_path: Path, width: int) -> None:
+    text = shown(a_status(), a_run(tmp_path), width)
+    for word in (
+        *("12/60 steps", "1:40 to go", "reward", "0.610", "entropy", "0.210", "held-out", "0.452"),
+        *("lag 2", "learner idle", "30 %", "3,210 tokens/s", "1,234 issued = 900 trained"),
+        *("300 zero variance", "✓ conserved", "actor-0", "2,200", "silent 7 s", "a note"),
+    ):
+        assert word in text, word
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_the_picture_before_the_first_word_of_the_learner_says_that_it_starts(
+    tmp_path: Path,
+) -> None:
+    assert "start" in shown(None, tmp_path, 80)
+
+
+def test_a_broken_sum_and_warnings_stand_out(tmp_path: Path) -> None:
+    now = a_status()
+    now.conserved = False
+    now.warnings = ["the disk is full"]
+    text = shown(now, tmp_path, 80)
+    assert "NOT CONSERVED" in text
+    assert "! the disk is full" in text
+
+
+def test_plain_lines_are_one_a_step_and_never_twice(tmp_path: Path) -> None:
+    a_run(tmp_path)
+    console = Console(force_terminal=False, width=80)
+    with console.capture() as captured:
+        view = live.open_view(tmp_path, console, plain=False)
+        view.refresh()
+        view.refresh()
+        view.close()
+    lines = captured.get().splitlines()
+    assert len([line for line in lines if line.startswith("step ")]) == STEPS
+    assert len([line for line in lines if "held-out before: 0.452" in line]) == 1
+
+
+def test_a_sparkline_shows_the_course_in_the_room_there_is() -> None:
+    assert live.sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    assert len(live.sparkline(list(range(1000)), 20)) == 20
+    assert live.sparkline([1.0, 1.0], 5) == "▁▁"
+    assert live.sparkline([], 5) == ""
+
+
+def test_a_status_is_replaced_atomically_and_not_more_often_than_needed(tmp_path: Path) -> None:
+    file = StatusFile(tmp_path)
+    assert file.write(a_status(1))
+    assert not file.write(a_status(2))
+    assert file.write(a_status(3), force=True)
+    found = status.read(tmp_path)
+    assert found is not None
+    assert found.step == 3
+    assert [path.name for path in tmp_path.iterdir()] == [status.FILE]
+
+
+def test_a_folder_that_takes_no_status_stops_nobody(tmp_path: Path) -> None:
+    assert not StatusFile(tmp_path / "gone").write(a_status())
+
+
+def test_a_status_of_another_program_is_no_status(tmp_path: Path) -> None:
+    (tmp_path / status.FILE).write_text('{"step": "many"}')
+    assert status.read(tmp_path) is None
+
+
+def test_the_command_shows_a_run_from_its_folder(tmp_path: Path) -> None:
+    done = isentrope("status", str(a_run(tmp_path)))
+    assert "12/60 steps" in done.stdout
+    assert status.decode(isentrope("status", str(tmp_path), "--json").stdout.encode()) is not None
+
+
+def test_the_command_shows_a_run_over_redis(redis_url: str) -> None:
+    nobody = isentrope("status", "--redis", redis_url)
+    assert nobody.returncode == 2
+    assert "expected one live run, found 0" in nobody.stderr
+    registry = Registry(redis_url, "r1")
+    registry.live("learner", status.encode(a_status()))
+    registry.close()
+    assert "12/60 steps" in isentrope("status", "--redis", redis_url).stdout
+
+
+def test_plot_writes_pictures_that_are_not_empty(tmp_path: Path) -> None:
+    done = isentrope("plot", str(a_run(tmp_path)))
+    paths = [Path(line) for line in done.stdout.splitlines()]
+    assert [path.stem for path in paths] == list(figures.PAGES)
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size > 10_000
+
+
+def test_plot_of_a_run_without_a_step_says_so(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text("")
+    done = isentrope("plot", str(tmp_path))
+    assert done.returncode == 2
+    assert "nothing to draw" in done.stderr
+
+
+def test_the_summary_says_what_rose_and_what_was_dropped() -> None:
+    facts = {
+        "heldout_before": 0.452,
+        "heldout_after": 0.914,
+        "groups": {"issued": 100, "trained": 60, "dropped": {"zero_variance": 40, "stale": 0}},
+        "conserved": True,
+        "restarts": {"actor-0": 2, "redis": 0},
+    }
+    said = dict(summary.rows(facts))
+    assert said["held-out"] == "0.452 → 0.914"
+    assert said["dropped"] == "40 zero_variance"
+    assert said["restarts"] == "actor-0 2"
+    assert "audit" in dict(summary.rows({"run": "runs/x"}))["conserved"]
+
+
+def isentrope(*arguments: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; sys.argv[0] = 'isentrope'; from common.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
