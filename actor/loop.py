@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 DELIVER_S = 5.0  # for the answers that are still owed when leaving
 BACK_OFF_S = 2.0
-SHOW_S = 2.0
+SHOW_S = 1.0
 
 
 async def run(run: RunConfig, actor: ActorConfig, name: str) -> None:
@@ -131,6 +131,7 @@ async def _greeted(day: Day, welcome: Welcome) -> None:
     day.fetcher.hint(welcome)
     said = "run %s, life %d of its learner: %d held, %d owed, %d forgotten"
     log.info(said, desk.run, desk.incarnation, len(desk.held), len(desk.owed), len(welcome.forget))
+    desk.changed.set()  # a first heartbeat at once
     for frame in list(desk.owed.values()):
         await day.line.send_frame(frame)
 

@@ -14,6 +14,9 @@ from common.errors import DataError
 
 Decode = Callable[[Sequence[int]], str]
 
+# Without any of these transformers makes up an empty tokenizer from the model's config.json.
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model")
+
 
 def load(folder: Path, vocab_size: int) -> Decode:
     """Decodes without special tokens. Raises DataError: no tokenizer, or not one of this model."""
@@ -38,6 +41,9 @@ def _fast(path: Path) -> tuple[Decode, int]:
 
 
 def _slow(folder: Path) -> tuple[Decode, int]:
+    if not any((folder / name).is_file() for name in FILES):
+        raise DataError(f"{folder}: no tokenizer (none of {', '.join(FILES)})")
+
     from transformers import AutoTokenizer
 
     try:
