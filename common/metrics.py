@@ -37,6 +37,7 @@ GLOSSARY: dict[str, str] = {
     "lr": "learning rate of the step",
     "ratio": "mean ratio current / proximal policy, by lag",
     "clipped": "share of the tokens whose gradient the clip range stops, by lag",
+    "ess_share": "effective sample size of policy / behaviour over all trained tokens (share, 0…1)",
     "ess": "effective sample size of the importance weights (share of the tokens), by lag",
     "kl": "KL(behaviour‖policy) estimated at the sampled tokens (nats per token), by lag",
     "reward_by_lag": "mean reward, by lag",

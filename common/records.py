@@ -1,4 +1,5 @@
-"""What the journal holds: the only truth of a run. Everything else (ledger, cursor, curriculum) folds over these.
+"""What the journal holds: the only truth of a run. Everything else (ledger, cursor, curriculum)
+folds over these.
 
 open      a learner process began to write: who it is, with what configuration, on what torch
 issue     a ticket exists (durable before it is sent)
@@ -24,7 +25,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
 
 
 class Open(Record, frozen=True, kw_only=True, tag="open"):
-    """`sealed` is (segment name, length in bytes) of the predecessor: whatever it wrote later does not exist."""
+    """`sealed` is (segment name, length in bytes) of the predecessor: whatever it wrote later does
+    not exist.
+    """
 
     run: str
     incarnation: int
@@ -54,7 +57,9 @@ class Ready(Record, frozen=True, kw_only=True, tag="ready"):
 
 
 class Step(Record, frozen=True, kw_only=True, tag="step"):
-    """Step `t` trained parameters of version `t` on `consumed` (in batch order) and made `version` = t + 1."""
+    """Step `t` trained parameters of version `t` on `consumed` (in batch order) and made `version`
+    = t + 1.
+    """
 
     t: int
     version: int

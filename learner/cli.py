@@ -1,4 +1,6 @@
-"""`isentrope learner`, `isentrope replay`. Nothing heavy is imported before the recipe is known to be good."""
+"""`isentrope learner`, `isentrope replay`. Nothing heavy is imported before the recipe is known to
+be good.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def learner(recipe: str, run_folder: Path, resume: bool, overrides: tuple[str, .
 )
 @json_option
 def replay(run_folder: Path, overrides: tuple[str, ...], least_ess: float, as_json: bool) -> None:
-    """Train again from a run's journal: to the same bits, or with other settings on the same data."""
+    """Train again from a run's journal: to the same bits, or with other settings on the same
+    data.
+    """
     from common.runfolder import RunFolder
 
     folder = RunFolder.open(existing_run(run_folder))

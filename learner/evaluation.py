@@ -1,4 +1,6 @@
-"""Held-out evaluation: which problems were asked, how they came out, under which weight versions."""
+"""Held-out evaluation: which problems were asked, how they came out, under which weight
+versions.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from common.wire import Group
 
 
 class Evaluation(msgspec.Struct, kw_only=True):
-    """One point: a fold over its admitted eval groups. Rollouts whose grader failed are counted, never scored."""
+    """One point: a fold over its admitted eval groups. Rollouts whose grader failed are counted,
+    never scored.
+    """
 
     issued: list[str] = []  # problems asked
     groups: int = 0

@@ -87,7 +87,7 @@ def this_machine() -> tuple[str, int, int]:
     """What bit equality depends on: torch build, threads, world size."""
     import torch
 
-    return torch.__version__, torch.get_num_threads(), 1
+    return str(torch.__version__), torch.get_num_threads(), 1
 
 
 def _from_checkpoint(

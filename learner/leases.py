@@ -1,4 +1,5 @@
-"""Who works on which open ticket just now, and how often it went wrong. Soft state: a restart forgets it.
+"""Who works on which open ticket just now, and how often it went wrong. Soft state: a restart
+forgets it.
 
 Times are `time.monotonic()` seconds given by the caller.
 """
@@ -72,7 +73,9 @@ class Leases:
             counter.pop(id_, None)
 
     def give_back(self, id_: int, blame: str) -> bool:
-        """Attempt failed; True when the ticket may be tried again (it waits, in front), False when its budget is spent."""
+        """Attempt failed; True when the ticket may be tried again (it waits, in front), False when
+        its budget is spent.
+        """
         self.held.pop(id_, None)
         if blame == "infra":
             self._infra[id_] += 1

@@ -7,8 +7,9 @@
                ▼                                                          │
           train_step() ──▶ snapshot ──▶ step record ──▶ checkpoint ──▶ publish ──▶ version v + 1
 
-What it waits for, and who ends the wait: `take` for enough usable groups (actors; a stop signal); `_evaluate` for the
-answers to eval tickets (actors; a stop signal); `publish` for Redis (its deadline). With no actor it waits for one.
+What it waits for, and who ends the wait: `take` for enough usable groups (actors; a stop signal);
+`_evaluate` for the answers to eval tickets (actors; a stop signal); `publish` for Redis (its
+deadline). With no actor it waits for one.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from common.config import RunConfig
 from common.errors import ConfigError
 from common.failpoints import Failpoint
 from common.journal import Journal, read, seal_of
-from common.records import ConfigChange, Finish, Open, Step
 from common.recipe import digest as run_digest
+from common.records import ConfigChange, Finish, Open, Step
 from common.runfolder import RunFolder
 from common.stores import open_store
 from common.versions import Registry, digest
@@ -65,7 +66,9 @@ class Learner:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def idle(self) -> bool:
-        """Twice a second while waiting: mend Redis if it lost its memory, show that we live; True: stop."""
+        """Twice a second while waiting: mend Redis if it lost its memory, show that we live; True:
+        stop.
+        """
         self.publisher.ensure()
         self.report.live(self.desk, self.state.t)
         return self.stop.is_set()
@@ -87,7 +90,9 @@ def learn(run: RunConfig, config: LearnerConfig, folder: RunFolder) -> str:
 
 
 def _step(it: Learner, batch: Selection) -> str:
-    """One batch, one version: durable as a record first, then as a checkpoint, then for the actors."""
+    """One batch, one version: durable as a record first, then as a checkpoint, then for the
+    actors.
+    """
     it.report.phase = "training"
     report = train_step(it.state, batch.items, it.config)
     it.fail("after_step")
@@ -159,7 +164,7 @@ def _checkpoint(it: Learner) -> None:
         it.desk.prune(Ledger.peek(checkpoint.fold(checkpoints(it.folder)[-1])).oldest)
 
 
-# ---- wiring ----------------------------------------------------------------------------------------------------
+# ---- wiring --------------------------------------------------------------------------------------
 
 
 def _wire(run: RunConfig, config: LearnerConfig, folder: RunFolder, stack: ExitStack) -> Learner:

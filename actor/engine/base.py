@@ -1,7 +1,8 @@
 """What an engine is: prefixes in, samples out, weights swapped under way.
 
-Sampling noise is a pure function of (sampling.seed, rollout number, position in the sequence): whatever else runs
-beside a sequence, the same prefix under the same weights samples the same tokens (up to float ties).
+Sampling noise is a pure function of (sampling.seed, rollout number, position in the sequence):
+whatever else runs beside a sequence, the same prefix under the same weights samples the same tokens
+(up to float ties).
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from common.wire import Finish, Sampling
 
 
 class Sample(NamedTuple):
-    """One continuation. `spans`: (index of the first token, version), first index 0, run-length coded."""
+    """One continuation. `spans`: (index of the first token, version), first index 0, run-length
+    coded.
+    """
 
     tokens: np.ndarray  # int32 [T], the stop token included when there was one
     logps: np.ndarray  # float32 [T], after temperature, under the weights that sampled each token
@@ -49,18 +52,22 @@ class Engine(Protocol):
         first: int = 0,
         deadline: float | None = None,
     ) -> Sequence[Sample]:
-        """`n` continuations of `prefix` (int32 [P]), as rollouts number `first` … `first + n - 1` of their ticket.
+        """`n` continuations of `prefix` (int32 [P]), as rollouts number `first` … `first + n - 1`
+        of their ticket.
 
-        Past `deadline` (time.monotonic) unfinished ones come back as they are with finish "aborted"; the same when
-        the task that waits is cancelled, except that then nobody reads them: their slots are freed at once.
-        Raises DataError when the prefix does not fit, EngineError when the engine is broken.
+        Past `deadline` (time.monotonic) unfinished ones come back as they are with finish
+        "aborted"; the same when the task that waits is cancelled, except that then nobody reads
+        them: their slots are freed at once. Raises DataError when the prefix does not fit,
+        EngineError when the engine is broken.
         """
         ...
 
     async def update_weights(self, weights: Weights) -> None:
-        """Swap to these (already verified) weights between two tokens; running sequences go on, KV cache kept.
+        """Swap to these (already verified) weights between two tokens; running sequences go on, KV
+        cache kept.
 
-        Raises WeightsError and keeps serving the old version when names, shapes or dtypes do not fit the model.
+        Raises WeightsError and keeps serving the old version when names, shapes or dtypes do not
+        fit the model.
         """
         ...
 

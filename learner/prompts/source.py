@@ -1,7 +1,8 @@
-"""Where problems come from. A source is two endless, pure streams: problem number i to train on, and held-out ones.
+"""Where problems come from. A source is two endless, pure streams: problem number i to train on,
+and held-out ones.
 
-`train(index)` and `heldout(index)` depend on nothing but the index and what the source was made with, so the stream
-is the same after a restart and for any number of actors.
+`train(index)` and `heldout(index)` depend on nothing but the index and what the source was made
+with, so the stream is the same after a restart and for any number of actors.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from learner.prompts import arithmetic
 
 
 class Problem(NamedTuple):
-    """What is asked (`text`), what is right (`gold`), and the row's other columns for graders that read them."""
+    """What is asked (`text`), what is right (`gold`), and the row's other columns for graders that
+    read them.
+    """
 
     id: str
     text: str
@@ -62,7 +65,8 @@ class Arithmetic:
 
 
 class Jsonl:
-    """Rows of a JSON-lines file, in a new order each epoch. Only the rows' offsets are held in memory.
+    """Rows of a JSON-lines file, in a new order each epoch. Only the rows' offsets are held in
+    memory.
 
     Without a held-out file the file's first 1/10 of rows (at most 1,000) are held out, by position.
     """

@@ -1,4 +1,6 @@
-"""The prompt stream: source → text → tokens, once, here; actors get token ids and never tokenise a prompt again."""
+"""The prompt stream: source → text → tokens, once, here; actors get token ids and never tokenise a
+prompt again.
+"""
 
 from __future__ import annotations
 
