@@ -196,7 +196,8 @@ def split(lengths: np.ndarray, budget: int, ranks: int = 1) -> list[list[np.ndar
     """
     order = np.argsort(-lengths, kind="stable")
     order = order[lengths[order] > 0]
-    per_rank = max(1, math.ceil(int(lengths.sum()) / budget / ranks))
+    tokens = int(np.minimum(lengths, budget).sum())
+    per_rank = max(1, math.ceil(tokens / budget / ranks))
     while (bins := _fill(lengths, order, budget, per_rank * ranks)) is None:
         per_rank += 1
     cost = [int((lengths[rows] ** 2).sum()) for rows in bins]
