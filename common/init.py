@@ -73,7 +73,7 @@ source = "jsonl"  # one JSON object a line
 path = {data}
 prompt_column = {prompt}
 answer_column = {answer}
-grader = "exact"  # or your own: "module:function", as TRL takes them (completions, **columns)
+grader = "exact"  # or your own: "python:MODULE:FUNCTION", as TRL takes them
 """
 
 ARITHMETIC = """\
