@@ -1,0 +1,59 @@
+"""`isentrope audit RUN`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from common.options import existing_run, json_option, run_folder_argument
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from common.audit import Audit
+
+
+@click.command()
+@run_folder_argument
+@json_option
+def audit(run_folder: Path, as_json: bool) -> None:
+    """Check from journal and checkpoints alone that a run kept its promises."""
+    import msgspec
+    from rich.console import Console
+
+    from common.audit import audit as check
+
+    found = check(existing_run(run_folder))
+    if as_json:
+        click.echo(msgspec.json.encode(found))
+    else:
+        Console().print(_table(found))
+        for violation in found.violations:
+            click.echo(f"violation: {violation}")
+        click.echo(_verdict(found))
+    raise SystemExit(0 if found.ok else 1)
+
+
+def _table(found: Audit) -> Table:
+    from rich.table import Table
+
+    table = Table("tickets", "issued", "trained", "evaluated", "buffered", "in flight", "dropped")
+    for kind, line in sorted(found.sums.items()):
+        dropped = "  ".join(f"{reason} {n}" for reason, n in sorted(line.dropped.items()))
+        ended = line.evaluated + line.scored
+        counts = (line.issued, line.trained, ended, line.buffered, line.in_flight)
+        table.add_row(kind, *map(str, counts), dropped or "0")
+    return table
+
+
+def _verdict(found: Audit) -> str:
+    facts = (
+        f"{found.steps} steps by {found.incarnations} learner processes, "
+        f"lag at most {found.lag_max} of {found.max_lag} (mean {found.lag_mean:.2f}), "
+        f"{found.checkpoints} checkpoints as recorded"
+    )
+    part = "" if found.complete else "; the journal's beginning was pruned, the rest was checked"
+    wrong = "every promise kept" if found.ok else f"{len(found.violations)} violations"
+    return f"{wrong}: {facts}{part}"
