@@ -27,7 +27,7 @@ _PREFILL_TOKENS = 8192  # of one prefill, pads included (one prefix may be longe
 
 def rows_needed(slots: int) -> int:
     """Rows of the KV cache for `slots` sequences: some more, for prefixes computed ahead of their slots."""
-    return slots + max(4, slots // 8)
+    return slots + max(4, slots // 4)
 
 
 class Batch:
@@ -35,7 +35,8 @@ class Batch:
 
     def __init__(self, model: Model, slots: int) -> None:
         self.inbox: deque[Request] = deque()
-        self.rows = Rows(slots, model.length)
+        chunk = max(16, slots // 4) if model.device.type == "cpu" else slots
+        self.rows = Rows(slots, model.length, chunk)
         self.version = 0
         self.tokens = 0  # sampled so far …
         self.steps = 0  # … in so many decode steps
@@ -88,7 +89,7 @@ class Batch:
         B = rows.count
         position = rows.position[:B]
         logits = self._model.decode(
-            _on(device, rows.token[:B]), _on(device, position), int(position.max()) + 1
+            _on(device, rows.token[:B]), _on(device, position), rows.cuts()
         )
         uniform = noise.uniform(rows.key[:B], position + 1)
         temperature = rows.temperature[:B]
@@ -155,9 +156,8 @@ class Batch:
 
     def _end(self, row: int, finish: Finish) -> None:
         request = self.rows.requests[row]
-        moved = self.rows.remove(row, finish)
-        if moved != row:
-            self._model.cache.copy_prefix(moved, row, int(self.rows.position[row]))
+        for source, target in self.rows.remove(row, finish):
+            self._model.cache.copy_prefix(source, target, int(self.rows.position[target]))
         if not request.open:
             self._ended.append(request)
 

@@ -1,13 +1,13 @@
-"""A decode step of few operations for the plain Llama block: RMSNorm, rotary attention, gated SiLU.
+"""A forward pass of few operations for the plain Llama block: RMSNorm, rotary attention, gated SiLU.
 
-The generic step spends about a quarter of its time between the operations. Here query, key and value are one matrix
-product, gate and up another, and rotation works on queries and keys at once. The packed matrices *are* the model's
-parameters: each original becomes a view of its part, so transformers' modules and weight updates see one storage.
+The generic pass spends a good part of its time between the operations. Here query, key and value
+are one matrix product, gate and up another, and rotation works on queries and keys at once. The
+packed matrices *are* the model's parameters: each original becomes a view of its part, so
+transformers' modules and weight updates see one storage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,58 +31,73 @@ class _Block(NamedTuple):
     down: nn.Linear
 
 
-def decode_step(
-    net: Any, cache: KVCache, length: int
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
-    """(tokens [B], position [B]) → logits [B, V] over `cache`, or None for an architecture it does not know."""
-    config = net.config
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if (
-        type(net).__name__ not in _FAMILIES
-        or config.hidden_act != "silu"
-        or rope not in _STATIC_ROPE
-    ):
-        return None
-    blocks = [_pack(layer) for layer in net.model.layers]
-    cos, sin = _angles(net, length)
-    scale = cache.head_size**-0.5
-    eps, queries = config.rms_norm_eps, cache.heads * cache.head_size
-    rotated = cache.heads + cache.key_heads
-    size = (config.hidden_size,)
+def knows(net: Any) -> bool:
+    rope = (getattr(net.config, "rope_parameters", None) or {}).get("rope_type", "default")
+    silu = net.config.hidden_act == "silu" if hasattr(net.config, "hidden_act") else False
+    return type(net).__name__ in _FAMILIES and silu and rope in _STATIC_ROPE
 
-    def step(tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        B, D = len(tokens), cache.head_size
-        cos_B, sin_B = cos[position][:, None], sin[position][:, None]
-        x = F.embedding(tokens, net.model.embed_tokens.weight)
-        for index, block in enumerate(blocks):
-            qkv = F.linear(
-                F.rms_norm(x, size, block.before_attention, eps), block.qkv, block.qkv_bias
-            )
-            qk = qkv[:, : rotated * D].view(B, rotated, D)
-            qk.copy_((qk * cos_B).addcmul_(qk.roll(D // 2, -1), sin_B))
-            mixed = cache.attend(index, qk[:, : cache.heads], qkv[:, queries:], scale)
-            x = _add(x, mixed.reshape(B, queries), block.out)
-            inner = F.linear(
-                F.rms_norm(x, size, block.before_mlp, eps), block.gate_up, block.gate_up_bias
-            )
-            gate, up = inner.chunk(2, -1)
+
+class Fused:
+    """`net`, which `knows` says yes to, over `cache`."""
+
+    def __init__(self, net: Any, cache: KVCache, length: int) -> None:
+        self._net, self._cache = net, cache
+        self._size, self._eps = (net.config.hidden_size,), net.config.rms_norm_eps
+        self._scale = cache.head_size**-0.5
+        self._blocks = [_pack(layer) for layer in net.model.layers]
+        self._cos, self._sin = _angles(net, length)
+
+    def decode(self, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Logits [B, V] after `tokens` (int64 [B])."""
+        x = self._run(tokens, position, self._blocks)
+        for_head = F.rms_norm(x, self._size, self._net.model.norm.weight, self._eps)
+        return F.linear(for_head, self._net.lm_head.weight)
+
+    def prefill(self, tokens: torch.Tensor, position: torch.Tensor) -> None:
+        """Keys and values of `tokens` (int64 [N]); the last block ends with them."""
+        *blocks, last = self._blocks
+        x = self._run(tokens, position, blocks)
+        _, kv = self._rotated(x, last, self._cos[position], self._sin[position])
+        self._cache.keep(len(blocks), kv)
+
+    def _run(
+        self, tokens: torch.Tensor, position: torch.Tensor, blocks: list[_Block]
+    ) -> torch.Tensor:
+        cos, sin = self._cos[position], self._sin[position]
+        x = F.embedding(tokens, self._net.model.embed_tokens.weight)
+        for layer, block in enumerate(blocks):
+            q, kv = self._rotated(x, block, cos, sin)
+            x = _add(x, self._cache.attend(layer, q, kv, self._scale), block.out)
+            normed = F.rms_norm(x, self._size, block.before_mlp, self._eps)
+            gate, up = F.linear(normed, block.gate_up, block.gate_up_bias).chunk(2, -1)
             x = _add(x, F.silu(gate).mul_(up), block.down)
-        return F.linear(F.rms_norm(x, size, net.model.norm.weight, eps), net.lm_head.weight)
+        return x
 
-    return step
+    def _rotated(
+        self, x: torch.Tensor, block: _Block, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [N, H, D] and keys beside values [N, 2·Hk·D] of `x` [N, hidden]."""
+        cache, D = self._cache, self._cache.head_size
+        turned = cache.heads + cache.key_heads
+        normed = F.rms_norm(x, self._size, block.before_attention, self._eps)
+        qkv = F.linear(normed, block.qkv, block.qkv_bias)
+        qk = qkv[:, : turned * D].view(-1, turned, D)
+        qk.copy_((qk * cos).addcmul_(qk.roll(D // 2, -1), sin))
+        return qk[:, : cache.heads], qkv[:, cache.heads * D :]
 
 
 def _pack(layer: Any) -> _Block:
     attention, mlp = layer.self_attn, layer.mlp
     qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
+    gate_up = (mlp.gate_proj, mlp.up_proj)
     return _Block(
         layer.input_layernorm.weight,
         _share([p.weight for p in qkv]),
         _share([p.bias for p in qkv]) if attention.q_proj.bias is not None else None,
         attention.o_proj,
         layer.post_attention_layernorm.weight,
-        _share([mlp.gate_proj.weight, mlp.up_proj.weight]),
-        _share([mlp.gate_proj.bias, mlp.up_proj.bias]) if mlp.gate_proj.bias is not None else None,
+        _share([p.weight for p in gate_up]),
+        _share([p.bias for p in gate_up]) if mlp.gate_proj.bias is not None else None,
         mlp.down_proj,
     )
 
@@ -90,17 +105,19 @@ def _pack(layer: Any) -> _Block:
 def _share(parts: list[nn.Parameter]) -> torch.Tensor:
     """One matrix of all `parts`, which become views of it."""
     whole = torch.cat([part.detach() for part in parts])
-    for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
-        part.data = view
+    start = 0
+    for part in parts:
+        part.data = whole[start : start + len(part)]
+        start += len(part)
     return whole
 
 
 def _angles(net: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and signed sin [length, D]: rotating by half a head then needs a roll and no negation."""
+    """cos and signed sin [length, 1, D]: a roll by half a head then rotates without negating."""
     weight = net.model.embed_tokens.weight
-    cos, sin = net.model.rotary_emb(weight, torch.arange(length, device=weight.device)[None])
+    cos, sin = net.model.rotary_emb(weight, torch.arange(length, device=weight.device)[:, None])
     half = cos.shape[-1] // 2
-    return cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)
+    return cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)
 
 
 def _add(x: torch.Tensor, y: torch.Tensor, linear: nn.Linear) -> torch.Tensor:

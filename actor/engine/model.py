@@ -1,29 +1,34 @@
-"""The model behind the torch engine: transformers' own modules over our KV cache.
+"""The model behind the torch engine, over our KV cache.
 
-Prefixes always run through transformers' modules. A decode step does too, unless the architecture is one that
-`fused.py` knows. Either way the result is compared with transformers' own attention when the model is loaded:
-a model whose attention is not ordinary is refused, not sampled from wrongly.
+Any architecture runs through transformers' own modules (`generic.py`), some by a shorter way
+(`fused.py`). Either is compared with transformers' own attention when the model is loaded: a model
+whose attention is not ordinary is refused, not sampled from wrongly.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from actor.engine import fused, kvcache
+from actor.engine import fused
+from actor.engine.fused import Fused
+from actor.engine.generic import Generic
 from actor.engine.kvcache import KVCache
 from common.errors import ConfigError, DataError
 
+_NEEDED = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_size",
+    "vocab_size",
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Decode = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (tokens, position) → logits
-_ATTENTION = "isentrope_kv"
-_WIDTH_STEP = 16  # attended width is rounded up to this many positions
 
 
 def device_named(name: str) -> torch.device:
@@ -59,62 +64,53 @@ class Model:
         self.length = _length(config, length)
         self.device = device
         self.cache = _make_cache(rows, self.length, config, dtype, device)
-        self._net = _load(folder, dtype, device)
-        for module in self._net.modules():
-            if hasattr(module, "layer_idx"):
-                module.kv_cache = self.cache
+        net = _load(folder, dtype, device)
         with torch.no_grad():
-            self._decode = self._choose_decode(fused_decode)
-        self.fused_decode = self._decode != self._decode_modules
-        self.parameters: dict[str, torch.Tensor] = dict(
-            self._net.named_parameters(remove_duplicate=False)
-        )
+            self._forward = self._choose(net, fused_decode)
+        self.fused_decode = isinstance(self._forward, Fused)
+        self.parameters = dict[str, torch.Tensor](net.named_parameters(remove_duplicate=False))
 
-    def _choose_decode(self, fused_decode: bool) -> Decode:
-        """The fastest decode step that agrees with transformers' own forward; raises DataError
-        when none does."""
+    def _choose(self, net: Any, fused_decode: bool) -> Fused | Generic:
+        """The fastest forward pass that agrees with transformers' own; raises DataError when none
+        does."""
         tokens = (torch.arange(8, device=self.device) * 7919 % self.vocab_size)[: self.length]
-        expected = self._net(tokens[None], use_cache=False).logits[0, -1].float()
-        self._net.set_attn_implementation(_ATTENTION)
+        expected = net(tokens[None], use_cache=False).logits[0, -1].float()
         exact = self.cache.buffer.dtype == torch.float32
         tolerance = (1e-3 if exact else 5e-2) * max(1.0, float(expected.abs().max()))
         position = torch.tensor([len(tokens) - 1], device=self.device)
-        step = fused.decode_step(self._net, self.cache, self.length) if fused_decode else None
-        for self._decode in filter(None, (step, self._decode_modules)):
+        generic = Generic(net, self.cache)
+        choices: list[Fused | Generic] = [generic]
+        if fused_decode and fused.knows(net):
+            choices.insert(0, Fused(net, self.cache, self.length))
+        for self._forward in choices:
             self.prefill([0], [tokens[:-1]])
-            logits = self.decode(tokens[-1:], position, len(tokens))[0].float()
+            logits = self.decode(tokens[-1:], position, [(0, 1, len(tokens))])[0].float()
             if float((logits - expected).abs().max()) <= tolerance:
-                return self._decode
-        name = type(self._net).__name__
-        raise DataError(f"{name} in {self._net.name_or_path} decodes differently from its forward")
+                return self._forward
+        raise DataError(f"{type(net).__name__}: decoding with a KV cache disagrees with its forward")
 
     def prefill(self, rows: list[int], prefixes: list[torch.Tensor]) -> None:
-        """Fill the cache of `rows` with the keys and values of `prefixes` (int64 [P] each, on any device)."""
-        if not any(len(prefix) for prefix in prefixes):
+        """Fill the cache of `rows` with the keys and values of `prefixes` (int64 [P] each)."""
+        width = max(len(prefix) for prefix in prefixes)
+        if not width:
             return
         tokens = torch.nn.utils.rnn.pad_sequence(prefixes, batch_first=True).to(self.device)
-        width = tokens.shape[1]
         self.cache.place = self.cache.place_prefill(torch.tensor(rows, device=self.device), width)
-        positions = torch.arange(width, device=self.device).expand(len(rows), -1)
-        self._net.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
+        position = torch.arange(width, device=self.device).repeat(len(rows))
+        self._forward.prefill(tokens.flatten(), position)
 
-    def decode(self, tokens: torch.Tensor, position: torch.Tensor, width: int) -> torch.Tensor:
-        """Logits [B, V] after `tokens` (int64 [B]) of rows 0 … B - 1 at `position` (int64 [B]),
-        all of which are below `width`."""
-        width = min(-(-width // _WIDTH_STEP) * _WIDTH_STEP, self.length)
-        self.cache.place = self.cache.place_decode(position, width)
-        return self._decode(tokens, position)
+    def decode(
+        self, tokens: torch.Tensor, position: torch.Tensor, cuts: list[tuple[int, int, int]]
+    ) -> torch.Tensor:
+        """Logits [B, V] after `tokens` (int64 [B]) of rows 0 … B - 1 at `position` (int64 [B]).
 
-    def _decode_modules(self, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        hidden = self._net.base_model(
-            input_ids=tokens[:, None], position_ids=position[:, None], use_cache=False
-        )
-        logits = self._net.get_output_embeddings()(hidden.last_hidden_state[:, 0])
-        return torch.as_tensor(logits)
+        `cuts` are (first row, last row + 1, width), every position below its width.
+        """
+        self.cache.place = self.cache.place_decode(position, cuts)
+        return self._forward.decode(tokens, position)
 
 
 def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    AttentionInterface.register(_ATTENTION, kvcache.attention)
     transformers_logging.disable_progress_bar()  # our own display owns the terminal
     try:
         net: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -130,26 +126,13 @@ def _read_config(folder: Path) -> Any:
         raise DataError(
             f"model folder {folder} has no usable config.json: {_one_line(error)}"
         ) from None
-    kinds = {
-        kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"
-    }
-    needed = (
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "hidden_size",
-        "vocab_size",
-    )
-    missing = [name for name in needed if not isinstance(getattr(config, name, None), int)]
-    if kinds or missing:
-        why = (
-            f"layers of kind {', '.join(sorted(kinds))}"
-            if kinds
-            else f"no {', '.join(missing)} in its config.json"
-        )
-        raise DataError(
-            f"model {folder}: {why}; the torch engine needs ordinary attention in every layer"
-        )
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    missing = [name for name in _NEEDED if not isinstance(getattr(config, name, None), int)]
+    if kinds:
+        why = f"layers of kind {', '.join(sorted(kinds))}"
+        raise DataError(f"model {folder} has {why}: the torch engine needs ordinary attention")
+    if missing:
+        raise DataError(f"model {folder} has no {', '.join(missing)} in its config.json")
     return config
 
 
