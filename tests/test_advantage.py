@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from tests.builders import make_group, make_rollout
 
 from learner.advantage import advantages, informative
+from tests.builders import make_group, make_rollout
 
 REWARDS = np.array([1.0, 0, 0, 1, 0, 0, 0, 0])
 

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from tests.builders import make_group, make_rollout, make_segment, make_ticket
 
 from learner.batch import Item, flatten, pack, reward, split
+from tests.builders import make_group, make_rollout, make_segment, make_ticket
 
 
 def two_groups() -> list[Item]:

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.builders import make_group, make_ticket, tiny_model
 
 from common.config import RunConfig
 from common.errors import DataError
@@ -13,6 +12,7 @@ from learner import model as models
 from learner.batch import Item, flatten, pack
 from learner.config import LearnerConfig
 from learner.model import Policy
+from tests.builders import make_group, make_ticket, tiny_model
 
 
 def items(lengths: list[list[int]]) -> list[Item]:
