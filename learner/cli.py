@@ -74,10 +74,7 @@ def replay(run_folder: Path, overrides: tuple[str, ...], least_ess: float, as_js
 
     folder = RunFolder.open(existing_run(run_folder))
     run, config = _sections(str(folder.recipe), overrides)
-    from learner.history import use_threads
     from learner.replay import replay as again
-
-    use_threads(config)
 
     def show(t: int, report: StepReport, same: bool) -> None:
         facts = "  ".join(
