@@ -124,7 +124,7 @@ async def test_the_event_loop_goes_on_while_a_grader_hangs(pool: Pool) -> None:
         await asyncio.sleep(0.01)
         now = time.monotonic()
         longest, last = max(longest, now - last), now
-    assert longest < 0.5
+    assert longest < 0.9  # the grader hangs for 1.0 s
 
 
 async def test_groups_wait_their_turn_for_few_processes(pool: Pool) -> None:
