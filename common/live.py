@@ -23,6 +23,7 @@ from common.status import Status, actor_idle
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 NOTES = 4  # the last ones are shown
+SILENT_S = 4.0  # a learner writes twice a second
 FATES_LAST = ("buffered", "in_flight")
 
 
@@ -96,9 +97,11 @@ def render(
 
 
 def _head(now: Status, title: str) -> RenderableType:
-    said = Text.assemble(
-        ("isentrope ", "bold"), (title or now.run, "cyan"), "  ", (now.phase, "bold green")
-    )
+    silent_s = time.time() - now.at
+    phase = (now.phase, "bold green")
+    if now.phase != "done" and silent_s > SILENT_S:  # it starts, catches up, or is gone
+        phase = (f"{now.phase}, no word of the learner for {silent_s:.0f} s", "bold yellow")
+    said = Text.assemble(("isentrope ", "bold"), (title or now.run, "cyan"), "  ", phase)
     return Rule(said, align="left", style="dim")
 
 
@@ -148,7 +151,7 @@ def _heldout(now: Status) -> Text:
     for index, point in enumerate(sorted(now.heldout, key=lambda point: point.step)):
         text.append(" → " if index else "")
         text.append(f"{point.accuracy:.3f}", "bold")
-        done = "" if point.done >= point.of else f", {point.done}/{point.of}"
+        done = "" if point.done >= point.of else f", the first {point.done} of {point.of}"
         low, high = point.versions
         seen = f"v{low}" if low == high else f"v{low}–{high}"
         text.append(f" ({seen}, {point.length:.0f} tokens{done})", "dim")
@@ -213,7 +216,7 @@ def _actors(now: Status, width: int) -> RenderableType:
 
 
 def _notes(now: Status | None, notes: Sequence[str]) -> list[RenderableType]:
-    warnings = now.warnings if now is not None else []
+    warnings = now.warnings if now is not None and now.phase != "done" else []
     return [
         *(Text(f"! {warning}", "bold yellow") for warning in warnings),
         *(Text(f"· {note}", "dim") for note in notes[-NOTES:]),

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from common.status import Status
 
 WATCH_S = 1.0
-STALE_S = 15.0  # a learner writes twice a second
 
 
 @click.command()
@@ -67,11 +66,8 @@ def _picture(
 
     now = _look(run_folder, redis_url)
     lines = metrics.read(run_folder) if run_folder is not None else []
-    notes = []
-    if now is not None and now.phase != "done" and time.time() - now.at > STALE_S:
-        notes.append(f"last word {time.time() - now.at:.0f} s ago: the learner is gone or hangs")
     title = run_folder.resolve().name if run_folder is not None else ""
-    return render(now, lines, notes, width, title), now is not None and now.phase == "done"
+    return render(now, lines, (), width, title), now is not None and now.phase == "done"
 
 
 def _look(run_folder: Path | None, redis_url: str | None) -> Status | None:

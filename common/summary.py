@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,34 +52,29 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
 
 
 def rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a person wants to know first, in that order."""
+    """What a person wants to know first, in that order; only what is known."""
+    found = [*_learned(summary)] if "steps" in summary else []
+    restarts = ", ".join(f"{name} {n}" for name, n in (summary.get("restarts") or {}).items() if n)
+    plots = summary.get("plots") or [""]
+    found += [("conserved", _verdict(summary)), ("restarts", restarts), ("picture", plots[0])]
+    return [(name, value) for name, value in found if value]
+
+
+def _learned(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the learner said at its end."""
     groups = summary.get("groups") or {}
     dropped = ", ".join(f"{n} {reason}" for reason, n in (groups.get("dropped") or {}).items() if n)
-    restarts = ", ".join(f"{name} {n}" for name, n in (summary.get("restarts") or {}).items() if n)
-    plots = summary.get("plots") or []
-    found = [
-        ("held-out", _change(summary, "heldout", ("before", "after"), 3)),
-        ("length", _change(summary, "length", ("before", "after"), 1) + " tokens"),
-        ("entropy", _change(summary, "entropy", ("first", "last"), 3) + " nats per token"),
-        ("steps", f"{summary.get('steps', 0)} in {clock(summary.get('seconds'))}"),
-        ("groups", f"{groups.get('issued', 0)} issued, {groups.get('trained', 0)} trained on"),
-        ("dropped", dropped or "none"),
-        ("conserved", _verdict(summary)),
-        (
-            "lag",
-            f"mean {number(summary.get('lag_mean'), 2)}, "
-            f"largest {summary.get('lag_max')} of {summary.get('max_lag')} allowed",
-        ),
-        (
-            "idle",
-            f"learner {percent(summary.get('learner_idle') or 0)}, "
-            f"actors {percent(summary.get('actor_idle') or 0)}",
-        ),
-        ("trained", f"{summary.get('tokens_trained_per_s') or 0:,.0f} tokens/s"),
-        ("restarts", restarts),
-        ("picture", plots[0] if plots else ""),
-    ]
-    return [(name, value) for name, value in found if value]
+    yield "held-out", _change(summary, "heldout", ("before", "after"), 3)
+    yield "length", _change(summary, "length", ("before", "after"), 1) + " tokens"
+    yield "entropy", _change(summary, "entropy", ("first", "last"), 3) + " nats per token"
+    yield "steps", f"{summary['steps']} in {clock(summary.get('seconds'))}"
+    yield "groups", f"{groups.get('issued', 0)} issued, {groups.get('trained', 0)} trained on"
+    yield "dropped", dropped or "none"
+    lags = number(summary.get("lag_mean"), 2), summary.get("lag_max"), summary.get("max_lag")
+    yield "lag", "mean {}, largest {} of {} allowed".format(*lags)
+    idle = (percent(summary.get(f"{side}_idle") or 0) for side in ("learner", "actor"))
+    yield "idle", "learner {}, actors {}".format(*idle)
+    yield "trained", f"{summary.get('tokens_trained_per_s') or 0:,.0f} tokens/s"
 
 
 def _change(summary: Mapping[str, Any], key: str, ends: tuple[str, str], digits: int) -> str:

@@ -183,6 +183,7 @@ def test_plot_of_a_run_without_a_step_says_so(tmp_path: Path) -> None:
 
 def test_the_summary_says_what_rose_and_what_was_dropped() -> None:
     facts = {
+        "steps": 60,
         "heldout_before": 0.452,
         "heldout_after": 0.914,
         "groups": {"issued": 100, "trained": 60, "dropped": {"zero_variance": 40, "stale": 0}},
