@@ -38,11 +38,13 @@ from actor.grade.pool import Pool
 from actor.line import Line
 from actor.work import Day, work
 from common import models, wire
+from common.channel import demand_keys
 from common.config import RunConfig
 from common.errors import DeadlineError, WireError
 from common.failpoints import Failpoint
 from common.log import revision
 from common.recipe import digest
+from common.versions import Registry
 from common.wire import Answer, Drain, FromLearner, Grant, Hello, Pulse, Welcome
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ SHOW_S = 1.0
 
 async def run(run: RunConfig, actor: ActorConfig, name: str) -> None:
     """Serve the learner of `run` until told to leave. Raises IsentropeError: it cannot go on."""
+    _vet(run)
     desk = Desk(actor.slots, actor.prefetch)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -191,6 +194,12 @@ async def _show(day: Day) -> None:
 
 
 # -- arriving and leaving --------------------------------------------------------------------------
+
+
+def _vet(run: RunConfig) -> None:
+    """What could only be refused later, before a model is loaded. Raises ConfigError."""
+    demand_keys(run.learner, None, "connect to")
+    Registry(run.redis, "none").close()
 
 
 def _introduction(run: RunConfig, actor: ActorConfig, name: str) -> Hello:

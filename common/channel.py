@@ -42,7 +42,7 @@ def bind_router(
 
     Raises ConfigError: the endpoint is in use or unusable, or leaves loopback without keys.
     """
-    _demand_keys(endpoint, keys, "bind")
+    demand_keys(endpoint, keys, "bind")
     socket = context.socket(zmq.ROUTER)
     _configure(socket, max_bytes)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -66,7 +66,7 @@ def connect_dealer(
 
     Raises ConfigError: the endpoint is unusable, or leaves loopback without keys.
     """
-    _demand_keys(endpoint, keys, "connect to")
+    demand_keys(endpoint, keys, "connect to")
     socket = context.socket(zmq.DEALER)
     _configure(socket, max_bytes)
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
@@ -114,7 +114,8 @@ def _authenticate(socket: Any, keys: Keys) -> None:
     socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
 
 
-def _demand_keys(endpoint: str, keys: Keys | None, verb: str) -> None:
+def demand_keys(endpoint: str, keys: Keys | None, verb: str) -> None:
+    """Raises ConfigError for an endpoint off loopback without keys, and for keys that trust nobody."""
     if keys is not None and not keys.peers:
         raise ConfigError(
             f"will not {verb} {endpoint}: the keys name no peer to trust; "

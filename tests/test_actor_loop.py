@@ -545,6 +545,23 @@ async def test_an_actor_dies_where_it_is_told_to(stage: Stage, point: str) -> No
     assert code == -signal.SIGKILL, said
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ('run.learner="tcp://192.0.2.1:5"', "isentrope keys"),
+        ("run.store=files:x", 'expected "redis" or "file:FOLDER"'),
+        ("run.failpoint=midgeneration", "the nearest is 'mid_generation'"),
+        ("run.redis=http://x", "run.redis"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_model_is_loaded(override: str, said: str) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "actor", "tiny", "-s", override]
+    process = subprocess.run(command, cwd=TOP, capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert said in process.stderr.splitlines()[-1]
+    assert "torch" not in process.stderr.replace("_torch", "")
+
+
 def test_help_and_configuration_errors_import_no_torch() -> None:
     code = (
         "import sys; from click.testing import CliRunner; from actor.cli import actor\n"
