@@ -98,7 +98,7 @@ def render(
 
 def _head(now: Status, title: str) -> RenderableType:
     silent_s = time.time() - now.at
-    phase = (now.phase, "bold green")
+    phase: tuple[str, str] = (now.phase, "bold green")
     if now.phase != "done" and silent_s > SILENT_S:  # it starts, catches up, or is gone
         phase = (f"{now.phase}, no word of the learner for {silent_s:.0f} s", "bold yellow")
     said = Text.assemble(("isentrope ", "bold"), (title or now.run, "cyan"), "  ", phase)
