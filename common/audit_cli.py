@@ -39,18 +39,21 @@ def audit(run_folder: Path, as_json: bool) -> None:
 def _table(found: Audit) -> Table:
     from rich.table import Table
 
-    table = Table("tickets", "issued", "trained", "evaluated", "buffered", "in flight", "dropped")
+    table = Table(box=None, header_style="bold")
+    for name in ("tickets", "issued", "trained", "evaluated", "buffered", "in flight"):
+        table.add_column(name, justify="left" if name == "tickets" else "right")
+    table.add_column("dropped", no_wrap=True)
     for kind, line in sorted(found.sums.items()):
-        dropped = "  ".join(f"{reason} {n}" for reason, n in sorted(line.dropped.items()))
+        dropped = "\n".join(f"{n} {reason}" for reason, n in sorted(line.dropped.items()))
         ended = line.evaluated + line.scored
         counts = (line.issued, line.trained, ended, line.buffered, line.in_flight)
-        table.add_row(kind, *map(str, counts), dropped or "0")
+        table.add_row(kind, *map(str, counts), dropped or "–")
     return table
 
 
 def _verdict(found: Audit) -> str:
     facts = (
-        f"{found.steps} steps by {found.incarnations} learner processes, "
+        f"{found.steps} steps, learner started {found.incarnations}×, "
         f"lag at most {found.lag_max} of {found.max_lag} (mean {found.lag_mean:.2f}), "
         f"{found.checkpoints} checkpoints as recorded"
     )

@@ -114,6 +114,8 @@ def payloads(extent: Extent, at: int = len(MAGIC)) -> Iterator[tuple[int, memory
     if data[: len(MAGIC)] != MAGIC:
         _check_beginning(extent, data)
         return
+    if at > len(data):
+        raise _damage(extent, len(data), f"cut off; it had {at} bytes or more")
     while at < len(data):
         payload = _payload_at(data, at)
         if payload is None:

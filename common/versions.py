@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple, cast
 
 import msgspec
@@ -216,6 +217,16 @@ class Registry(SoftState):
             raise WeightsError(
                 f"the manifest of version {version} is unreadable: {error}"
             ) from None
+
+    def manifests(self) -> list[Manifest]:
+        """All that this version can read, in one look, versions rising."""
+        with self.asking("give all manifests"):
+            raws = cast("list[bytes]", self.client.hvals(self.key("manifests")))
+        found = []
+        for raw in raws:
+            with suppress(msgspec.MsgspecError):
+                found.append(msgspec.msgpack.decode(raw, type=Manifest))
+        return sorted(found, key=lambda manifest: manifest.version)
 
     def versions(self) -> list[int]:
         """All that have a manifest, rising."""

@@ -127,10 +127,13 @@ class Publisher:
         """Keep the newest versions and base 0. Manifests go first: nobody is sent to blobs that
         go.
         """
-        versions = self.registry.versions()
-        kept = {0, *self._held, *versions[-self.keep :]} & set(versions)
-        self.registry.retire([version for version in versions if version not in kept])
-        needed = {blob.key for version in kept for blob in self.registry.manifest(version).blobs}
+        manifests = self.registry.manifests()
+        newest = [manifest.version for manifest in manifests][-self.keep :]
+        kept = [m for m in manifests if m.version in {0, *self._held, *newest}]
+        self.registry.retire([m.version for m in manifests if m not in kept])
+        if self._newest is not None:  # even if Redis forgot it a moment ago
+            kept.append(self._newest)
+        needed = {blob.key for manifest in kept for blob in manifest.blobs}
         self.store.delete([key for key in self.store.list() if key not in needed])
 
     def _patiently(self, what: str, work: Callable[[], None]) -> None:

@@ -210,6 +210,15 @@ def test_a_journal_refuses_an_incarnation_that_is_not_new(tmp_path: Path) -> Non
         Journal(tmp_path, 2)
 
 
+def test_a_position_behind_the_end_of_its_segment_is_damage(tmp_path: Path) -> None:
+    journal = opened(tmp_path)
+    end = journal.end()
+    journal.close()
+    assert records(tmp_path, end) == []
+    with pytest.raises(JournalError, match="cut off"):
+        records(tmp_path, end._replace(offset=end.offset + 1))
+
+
 def test_pruning_deletes_only_segments_before_the_position(tmp_path: Path) -> None:
     journal = opened(tmp_path, segment_bytes=100)
     written = some_records(30)
