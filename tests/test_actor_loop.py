@@ -4,156 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
 
-import msgspec
 import pytest
-import zmq
-import zmq.asyncio
 
-from actor.config import ActorConfig, ScriptedConfig
-from actor.desk import Desk
-from actor.engine.base import Engine
+from actor.config import ScriptedConfig
 from actor.engine.scripted import ScriptedEngine
 from actor.line import Line
-from actor.loop import serve
 from common import wire
-from common.channel import bind_router
-from common.config import RunConfig
-from common.errors import ConfigError, DeadlineError, EngineError
+from common.errors import DeadlineError, EngineError
 from common.recipe import digest
 from common.versions import Registry
 from common.wire import (
     Answer,
     Bye,
-    Codec,
     Drain,
     Failure,
-    FromActor,
     Grading,
-    Grant,
     Group,
     Heartbeat,
     Hello,
     Pulse,
     Refused,
-    Sampling,
-    Ticket,
-    Welcome,
 )
-from tests.builders import make_ticket
+from tests.fake_learner import FAST, RUN, TOP, Stage, open_stage, ticket
 from tests.published import put
 
-TOP = Path(__file__).parent.parent
-RUN = "run-1"
 SLOW = ScriptedConfig(tokens_per_s=1.0)
-FAST = ScriptedConfig(tokens_per_s=1e6)
-M = TypeVar("M", bound=wire.Message)
-
-
-class Learner:
-    """Says what the test wants said. Pulses and answers nothing by itself."""
-
-    def __init__(self, context: zmq.asyncio.Context) -> None:
-        self.run, self.incarnation = RUN, 1
-        self.codec = Codec(FromActor)
-        self.context = context
-        self.socket, self.endpoint = bind_router(context, "tcp://127.0.0.1:*")
-        self.peer = b""
-
-    async def receive(self, kind: type[M], within_s: float = 5.0) -> M:
-        """The next message of `kind`; others are passed over."""
-        async with asyncio.timeout(within_s):
-            while True:
-                self.peer, self.frame = await self.socket.recv_multipart()
-                message = self.codec.decode(self.frame)
-                if isinstance(message, kind):
-                    return message
-
-    async def silence(self, kind: type[wire.Message], for_s: float = 0.2) -> None:
-        with pytest.raises(TimeoutError):
-            await self.receive(kind, for_s)
-
-    async def send(self, message: wire.Message, peer: bytes = b"", **said: Any) -> None:
-        """In the name of this run and life, unless `said` is something else."""
-        who = {"run": self.run, "incarnation": self.incarnation, **said}
-        frame = self.codec.encode(msgspec.structs.replace(message, **who))
-        await self.socket.send_multipart([peer or self.peer, frame])
-
-    async def welcome(self, **fields: Any) -> Hello:
-        hello = await self.receive(Hello)
-        await self.send(Welcome(**{"heartbeat_s": 0.05, "lease_s": 30.0, "version": 0, **fields}))
-        return hello
-
-    async def grant(self, id: int = 1, attempt: int = 0, **fields: Any) -> None:
-        await self.send(Grant(ticket=ticket(id, **fields), attempt=attempt))
-
-    async def ack(self, id: int = 1, **said: Any) -> None:
-        await self.send(Answer(ticket=id, verdict="ack"), **said)
-
-    async def restart(self) -> None:
-        """A new life at the same address."""
-        self.socket.close(0)
-        self.incarnation += 1
-        async with asyncio.timeout(5):
-            while True:
-                try:
-                    self.socket, _ = bind_router(self.context, self.endpoint)
-                    return
-                except ConfigError:  # ZeroMQ lets a port go a moment after close
-                    await asyncio.sleep(0.01)
-
-
-def ticket(id: int, n: int = 2, max_tokens: int = 8, **fields: Any) -> Ticket:
-    sampling = Sampling(max_tokens=max_tokens, seed=id)
-    part = wire.GradePart(name="correct", grader="exact")
-    fields.setdefault("grading", Grading(gold="nothing", parts=(part,)))
-    return make_ticket(id, n=n, sampling=sampling, **fields)
-
-
-class Stage:
-    """One actor in this process, and the learner it talks to."""
-
-    def __init__(self, learner: Learner, redis_url: str) -> None:
-        self.learner = learner
-        self.run = RunConfig(redis=redis_url, learner=learner.endpoint)
-        self.registry = Registry(redis_url, RUN)
-        self.task: asyncio.Task[None] | None = None
-
-    def start(self, engine: Engine | None = None, **config: Any) -> Desk:
-        engine = engine or ScriptedEngine(FAST, slots=8)
-        actor = ActorConfig(slots=engine.slots, poll_s=0.02, grade_timeout_s=0.5, **config)
-        self.desk = Desk(actor.slots, actor.prefetch)
-        self.task = asyncio.create_task(serve(self.run, actor, "bob", engine, self.desk))
-        return self.desk
-
-    async def ended(self) -> None:
-        assert self.task is not None
-        async with asyncio.timeout(5):
-            await self.task
 
 
 @pytest.fixture
 async def stage(redis_url: str) -> AsyncIterator[Stage]:
-    """Version 0 is published; the actor is yet to be started."""
-    context = zmq.asyncio.Context()
-    learner = Learner(context)
-    stage = Stage(learner, redis_url)
-    put(stage.registry, 0)
-    yield stage
-    if stage.task is not None and not stage.task.done():
-        stage.task.cancel()
-        with suppress(asyncio.CancelledError):
-            await stage.task
-    learner.socket.close(0)
-    context.term()
-    stage.registry.close()
+    async with open_stage(redis_url) as stage:
+        yield stage
 
 
 async def test_a_granted_ticket_comes_back_as_a_graded_group(stage: Stage) -> None:
@@ -484,89 +368,3 @@ async def test_a_learner_that_does_not_answer_a_hello_is_tried_again(stage: Stag
     await stage.learner.receive(Hello)
     assert stage.learner.peer != first
     await line.close()
-
-
-# -- real processes --------------------------------------------------------------------------------
-
-
-def start_actor(stage: Stage, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "actor", "scripted", "--name", "bob"]
-    command += ["--learner", stage.run.learner, "--redis", stage.run.redis]
-    for override in ("run.model=tiny", "run.seed=0", *overrides):
-        command += ["-s", override]
-    return subprocess.Popen(command, cwd=TOP, stderr=subprocess.PIPE, text=True)
-
-
-async def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
-    try:
-        _, said = await asyncio.to_thread(process.communicate, timeout=10)
-    finally:
-        process.kill()
-    return process.returncode, said
-
-
-async def test_sigterm_hands_tickets_back_and_delivers_owed_results(stage: Stage) -> None:
-    process, learner = start_actor(stage, "actor.scripted.tokens_per_s=1"), stage.learner
-    await learner.welcome()
-    await learner.grant(1, max_tokens=1)
-    await learner.grant(2)
-    await learner.receive(Group)
-    process.send_signal(signal.SIGTERM)
-    assert (await learner.receive(Failure)).ticket == 2
-    await learner.ack(1)
-    await learner.receive(Bye)
-    code, said = await end_of(process)
-    assert code == 0, said
-
-
-async def test_a_refused_digest_ends_with_one_line_naming_both_values(stage: Stage) -> None:
-    process, learner = start_actor(stage, "run.seed=1"), stage.learner
-    hello = await learner.receive(Hello)
-    await learner.send(Refused(reason="digest", ours=digest(stage.run), theirs=hello.digest))
-    code, said = await end_of(process)
-    last = said.strip().splitlines()[-1]
-    assert code == 2
-    assert digest(stage.run) in last
-    assert hello.digest in last
-    assert "Traceback" not in said
-
-
-@pytest.mark.parametrize("point", ["mid_generation", "before_ack"])
-async def test_an_actor_dies_where_it_is_told_to(stage: Stage, point: str) -> None:
-    speed = "actor.scripted.tokens_per_s=100"
-    process, learner = start_actor(stage, f"run.failpoint={point}:2", speed), stage.learner
-    await learner.welcome()
-    for id in (1, 2):
-        await learner.grant(id)
-        if point == "before_ack" or id == 1:
-            await learner.receive(Group)
-        await learner.ack(id)
-    code, said = await end_of(process)
-    assert code == -signal.SIGKILL, said
-
-
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        ('run.learner="tcp://192.0.2.1:5"', "isentrope keys"),
-        ("run.store=files:x", 'expected "redis" or "file:FOLDER"'),
-        ("run.failpoint=midgeneration", "the nearest is 'mid_generation'"),
-        ("run.redis=http://x", "run.redis"),
-    ],
-)
-def test_what_cannot_work_is_refused_before_the_model_is_loaded(override: str, said: str) -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "actor", "tiny", "-s", override]
-    process = subprocess.run(command, cwd=TOP, capture_output=True, text=True, check=False)
-    assert process.returncode == 2
-    assert said in process.stderr.splitlines()[-1]
-    assert "torch" not in process.stderr.replace("_torch", "")
-
-
-def test_help_and_configuration_errors_import_no_torch() -> None:
-    code = (
-        "import sys; from click.testing import CliRunner; from actor.cli import actor\n"
-        "CliRunner().invoke(actor, ['--help'])\n"
-        "CliRunner().invoke(actor, ['tiny', '-s', 'actor.slot=3'])\n"
-        "sys.exit('torch' in sys.modules or 'zmq' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
