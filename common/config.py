@@ -41,7 +41,7 @@ class RunConfig(Section, frozen=True, kw_only=True):
     max_frame_mb: Annotated[int, msgspec.Meta(ge=1, le=2048)] = 64
     redis: str = "redis://127.0.0.1:6379/0"
     learner: str = "tcp://127.0.0.1:5555"
-    failpoint: str = ""  # "name:count": SIGKILL this process at the count-th pass (tests)
+    failpoint: str = ""  # "name:count[,…]": SIGKILL at the count-th pass, by life
 
     def check(self) -> None:
         need(self.model != "", "model is empty: give a model folder or the name of a shipped one")

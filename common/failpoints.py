@@ -40,10 +40,19 @@ class Failpoint:
         self.passes = 0
 
     @classmethod
-    def parse(cls, text: str) -> Failpoint:
-        """From "name" or "name:count". Raises ConfigError."""
-        if not text:
-            return cls()
+    def parse(cls, text: str, life: int = 0) -> Failpoint:
+        """From "name" or "name:count"; of several, "a:3,b:1", life k of a process has the k-th.
+
+        Raises ConfigError.
+        """
+        points = [cls._of(point.strip()) for point in text.split(",")] if text else []
+        return points[life] if life < len(points) else cls()
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.count}" if self.name else ""
+
+    @classmethod
+    def _of(cls, text: str) -> Failpoint:
         name, _, count = text.partition(":")
         if name not in NAMES:
             near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 from common.errors import ConfigError
+from common.failpoints import Failpoint
 from common.options import existing_run, json_option, overrides_option
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def _command(
     module: str, plan: Plan, life: int, overrides: dict[str, str], *options: str
 ) -> list[str]:
     """`-P`: a folder named like one of our packages in the working directory does not shadow it."""
-    failpoint = plan.failpoint if life == 0 else ""  # a failpoint kills once
-    values = {**overrides, "run.failpoint": json.dumps(failpoint)}
+    failpoint = Failpoint.parse(plan.failpoint, life)  # each kills once
+    values = {**overrides, "run.failpoint": json.dumps(str(failpoint))}
     settings = [part for key, value in values.items() for part in ("-s", f"{key}={value}")]
     return [sys.executable, "-P", "-m", module, str(plan.recipe), *options, *settings]

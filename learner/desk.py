@@ -97,6 +97,7 @@ class Desk:
         ledger: Ledger,
         prompts: Prompts,
         failpoint: Failpoint,
+        max_bytes: int = wire.MAX_FRAME_BYTES,
     ) -> None:
         self.config = config
         self.incarnation = incarnation
@@ -114,7 +115,7 @@ class Desk:
         self._fail = failpoint
         self._leases = Leases(config.lease_s, config.infra_budget, config.data_budget)
         self._leases.waiting.extend(entry.ticket.id for entry in ledger.in_flight())
-        self._codec = Codec(FromActor)
+        self._codec = Codec(FromActor, max_bytes)
         self._socket = socket
         self._quarantined: set[str] = set()
         self._evals: deque[tuple[str, Draft, int]] = deque()  # label, problem, min_version
@@ -312,10 +313,8 @@ class Desk:
             case Group():
                 self._result(peer, actor, message, frame)
             case Failure(ticket=id_, attempt=attempt, blame=blame, reason=reason):
-                if (
-                    message.incarnation == self._identity["incarnation"]
-                    and self._leases.attempt(id_, peer) == attempt
-                ):
+                ours = message.incarnation == self._identity["incarnation"]
+                if ours and self._leases.is_held(id_, peer, attempt):
                     self._give_back(id_, blame, reason)
             case Bye():
                 self._forget(peer, "none")
@@ -373,7 +372,7 @@ class Desk:
             self._answer(peer, group.ticket, "duplicate")
         else:
             try:
-                wire.check_group(group, entry.ticket, self._vocab_size, max(self.version, 0))
+                wire.check_group(group, entry.ticket, self._vocab_size, self.ledger.t)
             except WireError as error:
                 self._answer(peer, group.ticket, "refused", str(error))
                 self._invalid(peer, actor, group.ticket, error)
@@ -388,7 +387,7 @@ class Desk:
         self.counts[f"invalid_{error.reason}"] += 1
         actor.invalid += 1
         log.warning("actor %s: result of ticket %d refused: %s", actor.name, ticket, error)
-        if self._leases.attempt(ticket, peer) is not None:
+        if self._leases.is_held(ticket, peer):
             self._give_back(ticket, "infra", f"invalid result ({error.reason})")
         if actor.invalid >= self.config.quarantine_after:
             log.error(

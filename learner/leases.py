@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 Peer = bytes  # routing id of a connection
+ANY_ATTEMPT = -1  # claimed by an actor from an earlier life of the learner, which knew the number
 
 
 @dataclass(slots=True)
@@ -49,7 +50,7 @@ class Leases:
         """`peer` says it has these tickets: they are its own again, at the attempt they were."""
         for id_ in ids:
             lease = self.held.get(id_)
-            attempt = lease.attempt if lease else max(0, self._attempts[id_] - 1)
+            attempt = lease.attempt if lease else ANY_ATTEMPT
             if lease is None and id_ in self.waiting:
                 self.waiting.remove(id_)
             self.held[id_] = Lease(peer, attempt, now + self.lease_s)
@@ -91,6 +92,9 @@ class Leases:
         self.expired += len(late)
         return late
 
-    def attempt(self, id_: int, peer: Peer) -> int | None:
+    def is_held(self, id_: int, peer: Peer, attempt: int | None = None) -> bool:
+        """Whether `peer` holds the ticket, at this attempt when one is given."""
         lease = self.held.get(id_)
-        return lease.attempt if lease is not None and lease.peer == peer else None
+        if lease is None or lease.peer != peer:
+            return False
+        return attempt is None or lease.attempt in (attempt, ANY_ATTEMPT)

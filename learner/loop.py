@@ -210,6 +210,7 @@ def _wire(run: RunConfig, config: LearnerConfig, folder: RunFolder, stack: ExitS
         ledger=past.ledger,
         prompts=prompts,
         failpoint=fail,
+        max_bytes=run.max_frame_mb << 20,
     )
     stack.callback(desk.close)
     report = Report(folder, registry, config, past.ledger, past.state.t)

@@ -473,7 +473,7 @@ def test_the_disk_being_full_stops_acks_and_issues_until_there_is_space(tmp_path
         counter.close()
 
 
-class limited_file_size:  # noqa: N801 - reads as a word
+class limited_file_size:
     """No file of this process may grow (RLIMIT_FSIZE): the kernel's own way to refuse a write."""
 
     def __init__(self, counter: Counter) -> None:

@@ -57,8 +57,9 @@ def test_a_failure_counts_only_from_the_holder() -> None:
     leases.give_back(1, "infra")
     leases.waiting.clear()
     leases.lease(1, B, 0.0)
-    assert leases.attempt(1, A) is None
-    assert leases.attempt(1, B) == 1
+    assert not leases.is_held(1, A, attempt=1)
+    assert not leases.is_held(1, B, attempt=0)
+    assert leases.is_held(1, B, attempt=1)
 
 
 def test_a_reconnected_actor_claims_what_it_holds() -> None:
@@ -68,7 +69,14 @@ def test_a_reconnected_actor_claims_what_it_holds() -> None:
     leases.claim([1, 2], B, 1.0)
     assert sorted(leases.of(B)) == [1, 2]
     assert not leases.waiting
-    assert leases.attempt(1, B) == 0
+    assert leases.is_held(1, B, attempt=0)
+
+
+def test_a_ticket_from_an_earlier_life_may_fail_at_the_attempt_its_actor_remembers() -> None:
+    leases = make_leases()
+    leases.waiting.append(1)
+    leases.claim([1], A, 0.0)
+    assert leases.is_held(1, A, attempt=7)
 
 
 def test_time_in_which_the_learner_stood_still_does_not_count() -> None:

@@ -1,4 +1,6 @@
-"""The ledger is a fold: nothing is lost, nothing counts twice, and a restored fold is the same fold."""
+"""The ledger is a fold: nothing is lost, nothing counts twice, and a restored fold is the same
+fold.
+"""
 
 from __future__ import annotations
 
