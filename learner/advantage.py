@@ -1,7 +1,7 @@
 """Advantages: how much better than its group a rollout did. Pure functions of the rewards.
 
     grpo      (r - mean) / (std + 1e-6), std with ddof 1        arXiv 2402.03300
-    dr_grpo   r - mean                                          arXiv 2503.20783; meant for `constant`
+    dr_grpo   r - mean                                          arXiv 2503.20783, with `constant`
     rloo      r - mean of the others = n / (n - 1) (r - mean)   arXiv 2402.14740
 
 A rollout alone in its group has nothing to be compared with: advantage 0.
@@ -23,22 +23,24 @@ def advantages(reward: np.ndarray, group: np.ndarray, estimator: str) -> np.ndar
         return np.zeros(0)
     n = np.bincount(group)
     mean = np.bincount(group, reward) / np.maximum(n, 1)
-    centred = reward - mean[group]
+    centred: np.ndarray = reward - mean[group]
     others = np.maximum(n - 1, 1)[group]
     if estimator == "dr_grpo":
         return centred
     if estimator == "rloo":
-        return np.where(n[group] > 1, centred * n[group] / others, 0.0)
+        alone: np.ndarray = n[group] == 1
+        return np.where(alone, 0.0, centred * n[group] / others)
     assert estimator == "grpo", f"no advantage estimator {estimator!r}"
     std = np.sqrt(np.bincount(group, centred**2)[group] / others)
-    return centred / (std + _EPSILON)
+    scaled: np.ndarray = centred / (std + _EPSILON)
+    return scaled
 
 
 def informative(group: wire.Group, estimator: str) -> bool:
     """Whether the estimator can learn from this group: its answers are not all equally right.
 
-    It looks at the raw correctness, for equality: a shaped reward may differ where nothing was solved,
-    and the standard deviation of equal floats need not be 0.
+    It looks at the raw correctness, for equality: a shaped reward may differ where nothing was
+    solved, and the standard deviation of equal floats need not be 0.
     """
     assert estimator in ESTIMATORS, f"no advantage estimator {estimator!r}"
     return len({rollout.correct for rollout in group.rollouts}) > 1

@@ -251,12 +251,15 @@ def pack(batch: Batch, rows: np.ndarray, device: torch.device | str = "cpu") -> 
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:
-    return np.cumsum(counts) - counts
+    starts: np.ndarray = np.cumsum(counts) - counts
+    return starts
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """[s, s + 1, … s + c - 1] for every (s, c), end to end."""
-    return np.repeat(starts - _starts(counts), counts) + np.arange(int(counts.sum()))
+    within: np.ndarray = np.arange(int(counts.sum())) - np.repeat(_starts(counts), counts)
+    ranges: np.ndarray = within + np.repeat(starts, counts)
+    return ranges
 
 
 def _join(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:

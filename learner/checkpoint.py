@@ -35,7 +35,7 @@ _MANIFEST = "manifest.json"
 
 
 def save(folder: Path, state: TrainState, fold: bytes) -> None:
-    """Replaces a checkpoint of the same name. Raises OSError (disk full) with the old one untouched."""
+    """Replaces a checkpoint of the same name. Raises OSError (disk full), the old one intact."""
     contents = {
         "weights.safetensors": save_tensors(_cpu(state.masters)),
         "optimizer.safetensors": save_tensors(_cpu(_optimizer_tensors(state))),
@@ -58,8 +58,8 @@ def save(folder: Path, state: TrainState, fold: bytes) -> None:
 def load(folder: Path, state: TrainState) -> bytes:
     """Puts a checkpoint into `state` and returns its fold.
 
-    Raises JournalError naming a file that is missing, cut or damaged, and DataError when the checkpoint
-    belongs to another model. `state` is untouched then.
+    Raises JournalError naming a file that is missing, cut or damaged, and DataError when the
+    checkpoint belongs to another model. `state` is untouched then.
     """
     contents = _verified(folder)
     weights = _tensors(folder, contents, "weights.safetensors")

@@ -1,7 +1,7 @@
 """The ranks of a training step: who I am, and the two sums that ranks make together.
 
-Every rank holds the whole batch and trains on its own micro-batches. A `Comm` of one rank does nothing,
-so the step has one code path.
+Every rank holds the whole batch and trains on its own micro-batches. A `Comm` of one rank does
+nothing, so the step has one code path.
 """
 
 from __future__ import annotations
@@ -44,6 +44,6 @@ class Comm:
                 p.grad = torch.zeros_like(p)
         flat = torch.cat([p.grad.reshape(-1) for p in held if p.grad is not None])
         distributed.all_reduce(flat)
-        parts = flat.split([p.numel() for p in held])
+        parts = torch.split(flat, [p.numel() for p in held])
         for p, part in zip(held, parts, strict=True):
             p.grad = part.view_as(p)

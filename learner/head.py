@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Words of the vocabulary at once. With 256 tokens a block of floats is 4 MB and its temporaries too.
+# Words of the vocabulary at once: with 256 tokens a block of floats is 4 MB.
 BLOCK = 4096
 # No chunk holds more logits than this (128 MB of floats), whatever `chunk` says.
 _MAX_LOGITS = 1 << 25
@@ -104,7 +104,9 @@ class Sums(NamedTuple):
 def columns(hidden: Tensor, projection: Projection, chunk: int) -> Columns:
     """Log-prob, H and N of every token of `hidden` [T, d]; logp and H are differentiable."""
     p = projection
-    out = _Columns.apply(hidden, p.weight, p.bias, p.target, p.temperature, p.dtype, chunk)
+    out = _Columns.apply(  # type: ignore[no-untyped-call]
+        hidden, p.weight, p.bias, p.target, p.temperature, p.dtype, chunk
+    )
     return Columns(*out)
 
 
@@ -117,12 +119,14 @@ def fused(
     returns. `objective` is called once a chunk, in order.
     """
     p = projection
-    out = _Fused.apply(hidden, p.weight, p.bias, p.target, p.temperature, p.dtype, chunk, objective)
+    out = _Fused.apply(  # type: ignore[no-untyped-call]
+        hidden, p.weight, p.bias, p.target, p.temperature, p.dtype, chunk, objective
+    )
     return out[0], Columns(*out[1:])
 
 
 def _spans(tokens: int, words: int, chunk: int) -> list[tuple[int, int]]:
-    """Chunks of tokens. A small vocabulary needs none: what fits the bound of logits goes at once."""
+    """Chunks of tokens. With a small vocabulary all that fits the bound goes at once."""
     fits = max(1, _MAX_LOGITS // words)
     step = fits if tokens <= fits and words <= BLOCK else min(chunk, fits)
     return [(lo, min(lo + step, tokens)) for lo in range(0, max(1, tokens), step)]
@@ -254,7 +258,7 @@ class _Columns(torch.autograd.Function):
         return logp, H, N
 
     @staticmethod
-    def backward(ctx: Any, g_logp: Tensor, g_H: Tensor, g_N: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g_logp: Tensor, g_H: Tensor, g_N: Tensor) -> tuple[Any, ...]:
         hidden, weight, bias, target, temperature, log_z, H = ctx.saved_tensors
         p = Projection(weight, bias, target, temperature, *ctx.projection)
         into = _Gradients.empty(hidden, p, ctx.needs_input_grad[1])
@@ -298,7 +302,7 @@ class _Fused(torch.autograd.Function):
         return temperature.new_zeros(()), *out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Any, ...]:
         into: _Gradients = ctx.gradients
         del ctx.gradients
         for gradient in into:

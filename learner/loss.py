@@ -2,17 +2,18 @@
 
 With l the current, lp the proximal and lb the behaviour log-prob of a token:
 
-    ppo            r = exp(l - lb)     max(-A r, -A clip(r))            the behaviour policy is "old"
-    decoupled_ppo  r = exp(l - lp)     w max(-A r, -A clip(r))          arXiv 2505.24298
-    reinforce                          -w A l
+    ppo            r = exp(l - lb)   max(-A r, -A clip(r))     the behaviour policy is "old"
+    decoupled_ppo  r = exp(l - lp)   w max(-A r, -A clip(r))   arXiv 2505.24298
+    reinforce                        -w A l
 
 w is the importance weight exp(lp - lb), detached: not applied (`none`), capped from above
-(`truncate`: min(w, high)), or set to zero outside [low, high] (`mask`). `ppo` already holds it in its
-ratio, so it takes no correction. The proximal policy is the one at the start of the step: before the
-first update lp = l, the ratio of `decoupled_ppo` is 1 and its clip acts from the second update on.
+(`truncate`: min(w, high)), or set to zero outside [low, high] (`mask`). `ppo` already holds it
+in its ratio, so it takes no correction. The proximal policy is the one at the start of the step:
+before the first update lp = l, the ratio of `decoupled_ppo` is 1 and its clip acts from the
+second update on.
 
-The total is Σ scale · weight · loss over the tokens, with global counts in `scale` (all micro-batches,
-all ranks). Weights and dropped tokens do not change the counts.
+The total is Σ scale · weight · loss over the tokens, with global counts in `scale` (all micro-
+batches, all ranks). Weights and dropped tokens do not change the counts.
 """
 
 from __future__ import annotations
@@ -91,8 +92,8 @@ def scale(
     seq_mean     1 / (rollouts · its length)      every rollout counts the same
     constant     1 / (rollouts · constant)        no length in the denominator (Dr. GRPO)
 
-    `mask` and `row` are the columns of the whole batch; rollouts without a token to train on count for
-    nothing. An empty batch has a total of 0.
+    `mask` and `row` are the columns of the whole batch; rollouts without a token to train on
+    count for nothing. An empty batch has a total of 0.
     """
     m = mask.float()
     if aggregation == "token_mean":

@@ -1,14 +1,14 @@
 """What a step says about itself: importance by lag, and the entropy law.
 
-The law: with c_i = dLoss/dl_i and learning rate eta a step moves the entropy at token i, to first order
-and as if its logits were its own (no shared weights, plain gradient descent), by
+The law: with c_i = dLoss/dl_i and learning rate eta a step moves the entropy at token i, to
+first order and as if its logits were its own (no shared weights, plain gradient descent), by
 
     dH_i = eta c_i (S_i - N_i)        S = q (H + ln q)    N = Σ p² (H + ln p)
 
-so the sign and the relative size mean something, the absolute size does not: the step logs the sum over
-its tokens (a mean per token: c holds the 1 / tokens) beside the mean change that happened, with their
-running correlation and slope. The gradient of an entropy bonus does not pass through l and is not part
-of the prediction.
+so the sign and the relative size mean something, the absolute size does not: the step logs the
+sum over its tokens (a mean per token: c holds the 1 / tokens) beside the mean change that
+happened, with their running correlation and slope. The gradient of an entropy bonus does not
+pass through l and is not part of the prediction.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def entropy_forecast(table: Table, c: Tensor, lr: float) -> Metrics:
 
 
 def by_lag(table: Table, config: LearnerConfig) -> Metrics:
-    """Ratio, clipping, effective sample size, KL and entropy of the trained tokens, by token lag."""
+    """Ratio, clipping, effective sample size, KL and entropy of the tokens, by their lag."""
     on = table.mask & ~table.aux
     t = table.take(on.nonzero().squeeze(1))
     old = t.lp if config.loss == "decoupled_ppo" else t.lb

@@ -1,17 +1,18 @@
 """The policy: a causal language model whose vocabulary is never whole.
 
-`Policy` is what is trained (and sharded): its forward pass holds body and head, so that whoever gathers
-parameters around `forward` gathers the head's too. Its names of parameters are those of the model.
+`Policy` is what is trained (and sharded): its forward pass holds body and head, so that whoever
+gathers parameters around `forward` gathers the head's too. Its names of parameters are those of
+the model.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from common import models
 from common.config import RunConfig
@@ -21,20 +22,18 @@ from learner import attention, head
 from learner.batch import Micro
 from learner.config import LearnerConfig
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Settings that change logits after the head; none of them is part of our head.
 _LOGIT_TRICKS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 class Policy(nn.Module):
-    """`net` is a transformers causal language model; dropout is off (log-probs must mean one thing)."""
+    """`net` is a transformers causal language model. Dropout is off: log-probs mean one thing."""
 
     def __init__(self, net: nn.Module, config: LearnerConfig) -> None:
         super().__init__()
-        self.net: Any = net.eval()
+        self.net: Any
+        self.net = net.eval()
         self.net.set_attn_implementation(attention.NAME)
         self._chunk, self._amp = config.head_chunk, config.dtype == "bf16"
 
@@ -50,9 +49,11 @@ class Policy(nn.Module):
     def forward(
         self, micro: Micro, objective: head.Objective | None = None
     ) -> tuple[Tensor | None, head.Columns]:
-        """The columns of the micro-batch's tokens; with an `objective` (head.fused), a scalar to call
-        `backward` on before them. Without one, logp and H are differentiable (at the price of a second
-        computation of the logits)."""
+        """The columns of the micro-batch's tokens, after a scalar to call `backward` on.
+
+        The scalar carries the gradient of `objective` (head.fused). Without an objective there is
+        none; logp and H are differentiable then, at the price of computing the logits twice.
+        """
         hidden, projection = self._hidden(micro)
         if objective is None:
             return None, head.columns(hidden, projection, self._chunk)
@@ -77,11 +78,11 @@ class Policy(nn.Module):
 def load(run: RunConfig, config: LearnerConfig) -> tuple[Policy, PreTrainedTokenizerFast]:
     """The model and tokenizer that the run names, fp32, on the configured device.
 
-    Raises DataError: no such folder, a file missing or damaged, an architecture that does not fit, a
-    tokenizer with words that the model has not.
+    Raises DataError: no such folder, a file missing or damaged, an architecture that does not
+    fit, a tokenizer with words that the model has not.
     """
     folder = models.find(run.model)
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         net = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
@@ -100,6 +101,8 @@ def load(run: RunConfig, config: LearnerConfig) -> tuple[Policy, PreTrainedToken
     for trick in _LOGIT_TRICKS:
         if getattr(net.config, trick, None) not in (None, 1, 1.0):
             raise DataError(f"{folder}: models with {trick!r} are not supported")
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise DataError(f"{folder}: no fast tokenizer (tokenizer.json); convert it once")
     return Policy(net, config).to(device(config)), tokenizer
 
 
@@ -110,7 +113,7 @@ def device(config: LearnerConfig) -> torch.device:
 
 
 def stop_ids(model: Policy, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """The tokens that end an answer: those of the model's generation settings and the tokenizer's."""
+    """The tokens that end an answer, by the generation settings and by the tokenizer."""
     settings = getattr(model.net.generation_config, "eos_token_id", None)
     listed = settings if isinstance(settings, list) else [settings]
     ids = {i for i in (*listed, tokenizer.eos_token_id) if i is not None}
@@ -133,7 +136,7 @@ def snapshot(model: nn.Module, dtype: Literal["fp32", "bf16"]) -> tuple[Blob, ..
     blobs = []
     for name, parameter in trainable(model).items():
         copy = parameter.detach().to("cpu", _DTYPES[dtype], copy=True).contiguous()
-        data = memoryview(copy.reshape(-1).view(torch.uint8).numpy()).toreadonly()
+        data = copy.reshape(-1).view(torch.uint8).numpy().data.toreadonly()
         code = "F32" if dtype == "fp32" else "BF16"
         blobs.append(Blob(name, code, tuple(copy.shape), data))
     return tuple(blobs)

@@ -19,8 +19,8 @@ from learner.methods.compose import Methods
 class TrainState:
     """`t` steps are finished; the parameters are version `t`.
 
-    `masters` are what the optimiser moves: the parameters themselves, or with bf16 weights fp32 copies
-    whose rounded values the parameters hold.
+    `masters` are what the optimiser moves: the parameters themselves, or with bf16 weights fp32
+    copies whose rounded values the parameters hold.
     """
 
     model: models.Policy
@@ -50,7 +50,7 @@ class TrainState:
 
 
 def make_state(run: RunConfig, config: LearnerConfig) -> TrainState:
-    """Version 0 of the run's model; sets torch's number of threads. Raises DataError (the model)."""
+    """Version 0 of the run's model; sets torch's threads. Raises DataError (the model)."""
     if config.threads:
         torch.set_num_threads(config.threads)
     policy, _ = models.load(run, config)

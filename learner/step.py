@@ -6,13 +6,13 @@
                   gradients of all ranks ──▶ clip ──▶ AdamW ──▶ weights
     metrics, the realised entropy change, the methods' states ──▶ t + 1
 
-Every one of the `updates_per_batch` updates trains on the whole batch. The proximal log-probs lp are
-those at the start of the step. They cost no pass of their own: before the first update lp is l, and
-that update's forward pass leaves them for the later ones. A pass without gradient runs only for methods
-that need the table.
+Every one of the `updates_per_batch` updates trains on the whole batch. The proximal log-probs lp
+are those at the start of the step. They cost no pass of their own: before the first update lp is
+l, and that update's forward pass leaves them for the later ones. A pass without gradient runs
+only for methods that need the table.
 
-`train_step` is a pure function of (state, items, config): on a CPU with the same torch and threads it
-gives the same bits again.
+`train_step` is a pure function of (state, items, config): on a CPU with the same torch and
+threads it gives the same bits again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = ["StepReport", "TrainState", "make_state", "train_step"]
 
 @dataclass(frozen=True)
 class StepReport:
-    """`metrics` by the names of common.metrics.GLOSSARY; `ask`: how the next aux tickets shall be."""
+    """`metrics` by names of common.metrics.GLOSSARY; `ask`: how the next aux tickets shall be."""
 
     metrics: Metrics
     ask: dict[str, Any] | None = None
@@ -140,7 +140,7 @@ def _advantages(batch: Batch, methods: Methods, config: LearnerConfig) -> np.nda
     return value
 
 
-# ---- one update -------------------------------------------------------------------------------------
+# ---- one update --------------------------------------------------------------------------------
 
 
 def _gradients(state: TrainState, work: _Work, update: int, lp: Tensor | None) -> _Pass:
@@ -175,7 +175,7 @@ def _objective(
     when: tuple[int, int, int],
     made: Tensor,
 ) -> Objective:
-    """dLoss/dl and dLoss/dH of a micro-batch's tokens, by autograd over 1-D columns; no model in it.
+    """dLoss/dl and dLoss/dH of a micro-batch's tokens: autograd over 1-D columns, no model.
 
     Notes dLoss/dl and the loss of every token in `made` [2, tokens].
     """
@@ -257,7 +257,7 @@ def _apply(state: TrainState, comm: Comm, config: LearnerConfig, lr: float) -> f
     return norm
 
 
-# ---- afterwards -------------------------------------------------------------------------------------
+# ---- afterwards --------------------------------------------------------------------------------
 
 
 def _realised(state: TrainState, work: _Work, before: Table, forecast: Metrics) -> Metrics:

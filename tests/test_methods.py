@@ -27,7 +27,7 @@ from learner.table import Table
 from tests.builders import make_group, make_ticket, tiny_model
 from tests.test_step import a_batch
 
-# ---- one throw-away method a hook -------------------------------------------------------------------
+# ---- one throw-away method a hook --------------------------------------------------------------
 
 
 class Louder(Method, frozen=True, kw_only=True, tag="louder"):
@@ -57,7 +57,7 @@ class Halve(Method, frozen=True, kw_only=True, tag="halve"):
     needs_table: ClassVar[bool] = True
 
     def weigh(self, table: Table, alive: Tensor) -> Tensor:
-        return torch.where(alive & (table.H > table.H[alive].mean()), 0.5, 1.0)
+        return torch.where(alive & (table.H[alive].mean() < table.H), 0.5, 1.0)
 
 
 class Quench(Method, frozen=True, kw_only=True, tag="quench"):
@@ -162,7 +162,7 @@ def plain() -> bytes:
     return bits(train([])[0])
 
 
-# ---- each hook does something, neutral knobs do nothing ---------------------------------------------
+# ---- each hook does something, neutral knobs do nothing ----------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -211,16 +211,24 @@ def test_the_bonus_differentiates_the_mean_entropy() -> None:
         assert torch.allclose(moved, parameter.grad, atol=1e-4), name
 
 
-def test_weights_do_not_change_the_denominator() -> None:
+def test_a_dropped_token_leaves_the_sum_and_stays_in_the_denominator() -> None:
     class Keep(DropSome, frozen=True, kw_only=True, tag="keep"):
         def drop(self, table: Table) -> Tensor:
             return table.row != 1
 
-    state, report = train([Keep()], steps=1)
-    loss = report.metrics["loss"]
-    assert isinstance(loss, float)
-    # one row of sixteen carries all of the loss, over the tokens of all
-    assert report.metrics["tokens"] == sum(r.length for i in a_batch() for r in i.group.rollouts)
+    def loss_of(items: Any) -> tuple[float, float]:
+        _, report = train([Keep()], 1, lambda seed: items, loss="reinforce", advantage="dr_grpo")
+        loss, tokens = report.metrics["loss"], report.metrics["tokens"]
+        assert isinstance(loss, float)
+        assert isinstance(tokens, float)
+        return loss * tokens, tokens
+
+    # dr_grpo gives row 1 the advantage 1/2 in its group alone and among all four groups
+    whole, tokens = loss_of(a_batch())
+    first, fewer = loss_of(a_batch()[:1])
+    assert fewer < tokens == sum(r.length for i in a_batch() for r in i.group.rollouts)
+    assert whole == pytest.approx(first, rel=1e-4)
+    assert whole != 0
 
 
 def test_govern_comes_last_and_sees_what_the_others_left() -> None:
@@ -262,7 +270,7 @@ def test_states_are_observed_once_a_step_and_used_in_the_next() -> None:
     assert report.metrics["entropy_bonus"] == pytest.approx(3e-3)
 
 
-# ---- composition ------------------------------------------------------------------------------------
+# ---- composition -------------------------------------------------------------------------------
 
 
 def test_the_order_of_the_list_changes_no_bit() -> None:
@@ -320,7 +328,7 @@ def test_an_answer_that_makes_no_sense_is_refused_by_name(how: str, line: str) -
         train([Broken(how=how)])
 
 
-# ---- recipes ----------------------------------------------------------------------------------------
+# ---- recipes -----------------------------------------------------------------------------------
 
 
 def test_the_table_of_a_recipe_is_the_struct() -> None:

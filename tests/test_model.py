@@ -99,7 +99,7 @@ def test_bf16_autocast_comes_near_the_float32_columns() -> None:
     assert (half.logp - full.logp).abs().mean() < 0.1
 
 
-# ---- loading and snapshots --------------------------------------------------------------------------
+# ---- loading and snapshots ---------------------------------------------------------------------
 
 
 def test_the_shipped_model_loads_with_its_tokenizer_and_knows_its_limits() -> None:
@@ -122,7 +122,7 @@ def test_a_folder_without_weights_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_with_more_words_than_the_model_is_refused(tmp_path: Path) -> None:
-    policy, tokenizer = models.load(RunConfig(model="tiny"), LearnerConfig())
+    _, tokenizer = models.load(RunConfig(model="tiny"), LearnerConfig())
     tokenizer.save_pretrained(tmp_path)
     tiny_model(vocab=8).save_pretrained(tmp_path)
     with pytest.raises(DataError, match="the model 8"):

@@ -58,7 +58,7 @@ def config(**fields: Any) -> LearnerConfig:
     return LearnerConfig(**{"warmup_steps": 0, "lr": 1e-3, "threads": 1, **fields})
 
 
-# ---- the same bits, the right numbers ---------------------------------------------------------------
+# ---- the same bits, the right numbers ----------------------------------------------------------
 
 
 def test_the_same_batch_gives_the_same_bits_in_whatever_order_it_arrives() -> None:
@@ -152,7 +152,7 @@ def _logp_by_advantage(state: TrainState, items: list[Item]) -> dict[bool, float
     return {True: float(logp[good].mean()), False: float(logp[~good].mean())}
 
 
-# ---- updates, warm-up, precision --------------------------------------------------------------------
+# ---- updates, warm-up, precision ---------------------------------------------------------------
 
 
 def test_later_updates_keep_the_proximal_policy_of_the_first() -> None:
@@ -219,7 +219,7 @@ def test_a_huge_gradient_is_clipped_to_its_norm() -> None:
     assert float((flat(state) - before).norm()) == pytest.approx(1e-3, rel=1e-2)
 
 
-# ---- what the step says -----------------------------------------------------------------------------
+# ---- what the step says ------------------------------------------------------------------------
 
 
 def test_every_metric_has_a_meaning_in_the_glossary() -> None:
@@ -268,7 +268,7 @@ def test_the_forecast_adds_up_and_the_realised_change_is_measured_when_due() -> 
 
 
 def test_the_forecast_is_right_to_first_order_for_logits_that_are_their_own() -> None:
-    """A model whose every token has logits of its own: plain gradient descent moves H as foretold."""
+    """Every token with logits of its own: plain gradient descent moves H as foretold."""
     from learner.measure import entropy_forecast
     from learner.table import Table
     from tests.test_table import table
@@ -297,7 +297,7 @@ def test_the_forecast_is_right_to_first_order_for_logits_that_are_their_own() ->
     assert forecast["entropy_predicted"] == pytest.approx(change, rel=1e-3)
 
 
-# ---- ranks ------------------------------------------------------------------------------------------
+# ---- ranks -------------------------------------------------------------------------------------
 
 
 def _train(rank: int, world: int, folder: str) -> None:

@@ -1,4 +1,4 @@
-"""One paper, one file, one struct. `AnyMethod` is what `[[learner.methods]]` of a recipe may hold."""
+"""One paper, one file, one struct. `AnyMethod`: what `[[learner.methods]]` may hold."""
 
 from __future__ import annotations
 

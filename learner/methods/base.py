@@ -1,6 +1,7 @@
-"""The seam where methods plug in: a frozen struct whose fields are the knobs and whose functions are hooks.
+"""The seam where methods plug in: a frozen struct, its fields the knobs, its functions the hooks.
 
-A method overrides the hooks it has something to say in; the others are neutral, so that methods compose:
+A method overrides the hooks it has something to say in; the others are neutral, so that methods
+compose:
 
     scale_groups   product      once a step
     drop           union        once an update, first
@@ -10,14 +11,16 @@ A method overrides the hooks it has something to say in; the others are neutral,
     ask            one owner    after a step
     observe        own state    after a step
 
-Everything but `extra_loss` runs without gradient and sees the whole batch, whatever the micro-batches
-and ranks are. A method sees tables and groups only: it reaches no model, no configuration, no other
-method. This module never imports torch, so that recipes are read without it.
+Everything but `extra_loss` runs without gradient and sees the whole batch, whatever the micro-
+batches and ranks are. A method sees tables and groups only: it reaches no model, no
+configuration, no other method. This module never imports torch, so that recipes are read without
+it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import msgspec
@@ -35,7 +38,7 @@ State = dict[str, Any]  # what JSON can hold
 
 
 class Governed(NamedTuple):
-    """The answer of `govern`: factors of the tokens' losses, and a coefficient of an entropy bonus."""
+    """The answer of `govern`: factors of the tokens' losses, and an entropy bonus's coefficient."""
 
     weight: Tensor | None = None  # float32 [T]
     bonus: float = 0.0
@@ -71,7 +74,7 @@ class Method(
         return None
 
     def weigh(self, table: Table, alive: Tensor) -> Tensor | None:
-        """float [T]: factors of the tokens' losses. `alive` bool [T]: trained on and not dropped."""
+        """float [T]: factors of the losses. `alive` bool [T]: trained on and not dropped."""
         return None
 
     def govern(self, table: Table | None, c: Tensor | None, state: State) -> Governed | None:
@@ -88,8 +91,9 @@ class Method(
     def extra_loss(self, table: Table, plan: Tensor | None) -> Tensor | None:
         """float [T]: a loss added to each token's, under the same denominators.
 
-        `table` holds the tokens of (part of) a micro-batch, `logp` and `H` with gradient; `plan` their part of
-        the plan. Aux tokens have no other loss; their denominator is (aux rollouts · length).
+        `table` holds the tokens of (part of) a micro-batch, `logp` and `H` with gradient; `plan`
+        their part of the plan. Aux tokens have no other loss; their denominator is (aux rollouts
+        · length).
         """
         return None
 
@@ -113,7 +117,7 @@ def overrides(method: Method, hook: str) -> bool:
 def check(methods: Sequence[Method]) -> None:
     """Refuse a list that cannot work together: raises ConfigError naming the culprits."""
     names = sorted(m.name for m in methods)
-    twice = [a for a, b in zip(names, names[1:], strict=False) if a == b]
+    twice = [a for a, b in pairwise(names) if a == b]
     if twice:
         raise ConfigError(f"methods: {twice[0]!r} is listed twice; keep one")
     for hook in ("govern", "ask"):

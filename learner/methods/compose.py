@@ -1,7 +1,7 @@
 """Several methods as one. The only place that loops over methods; their order never matters.
 
-Answers are combined in the order of the methods' names, so that not even the last bit depends on the
-recipe. Every answer is checked: its shape, that it is finite, that it carries no gradient.
+Answers are combined in the order of the methods' names, so that not even the last bit depends on
+the recipe. Every answer is checked: its shape, that it is finite, that it carries no gradient.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Factors(msgspec.Struct, frozen=True):
 
     weight: Tensor | None = None  # float32 [T]; None: all 1
     bonus: float = 0.0  # coefficient of an entropy bonus
-    plans: dict[str, Tensor] = {}  # noqa: RUF012 msgspec copies defaults
+    plans: dict[str, Tensor] = {}
 
 
 class Methods:
@@ -61,7 +61,7 @@ class Methods:
         coefficients: Callable[[Tensor | None], Tensor],
         states: Mapping[str, State],
     ) -> Factors:
-        """Drop, then weigh what is alive, then plan, then govern. `coefficients` gives c for a weight."""
+        """Drop, weigh what is alive, plan, then govern. `coefficients` gives c under a weight."""
         weight, plans = None, {}
         if table is not None:
             weight, alive = self._weight(table)
