@@ -65,8 +65,8 @@ class Publisher:
         when this learner has been replaced.
         """
         self._hold(_Version(version, step, tensors, digest, base))
-        self._patiently(f"publish version {version}", lambda: self._put(version, self._fail))
-        self._patiently("retire old versions", self._retire)
+        self._patiently(f"publish version {version}", lambda: self._put_in_room(version))
+        self._patiently("retire old versions", self._sweep)
 
     def ensure(self) -> None:
         """Publish again what Redis lost. Cheap and patient: made to be called often, silent when
@@ -123,14 +123,28 @@ class Publisher:
         fail("after_manifest")
         self._newest = manifest
 
-    def _retire(self) -> None:
-        """Keep the newest versions and base 0. Manifests go first: nobody is sent to blobs that
-        go.
+    def _put_in_room(self, version: int) -> None:
+        """What is too old goes first: the peak is lower, and Redis is faster with memory it has."""
+        self.registry.fence(self.incarnation)  # who was replaced deletes nothing
+        self._retire(max(1, self.keep - 1))
+        self._put(version, self._fail)
+
+    def _retire(self, keep: int) -> list[Manifest]:
+        """Leaves the newest versions and base 0, which come back.
+
+        Manifests go before blobs: nobody is sent to blobs that are gone.
         """
         manifests = self.registry.manifests()
-        newest = [manifest.version for manifest in manifests][-self.keep :]
+        newest = [manifest.version for manifest in manifests][-keep:]
         kept = [m for m in manifests if m.version in {0, *self._held, *newest}]
-        self.registry.retire([m.version for m in manifests if m not in kept])
+        gone = [m for m in manifests if m not in kept]
+        self.registry.retire([manifest.version for manifest in gone])
+        self.store.delete([blob.key for manifest in gone for blob in manifest.blobs])
+        return kept
+
+    def _sweep(self) -> None:
+        """What is too old goes, and blobs that no manifest names: a learner died before it."""
+        kept = self._retire(self.keep)
         if self._newest is not None:  # even if Redis forgot it a moment ago
             kept.append(self._newest)
         needed = {blob.key for manifest in kept for blob in manifest.blobs}
