@@ -92,11 +92,12 @@ def drawn(folder: Path, out: Path | None = None) -> list[Path]:
 
 
 def reward(axis: Axes, lines: Lines) -> None:
+    """Every group that was looked at, those trained on, and the held-out points."""
     steps, values = column(lines, "reward")
-    axis.plot(steps, values, color=BLUE, alpha=0.35, linewidth=1.2)
-    axis.plot(
-        steps, smooth(values), color=BLUE, label="training reward (mean of 5 steps; pale: each)"
-    )
+    axis.plot(steps, smooth(values), color=GREY, linewidth=1.2, label="reward, groups trained on")
+    steps, every = column(lines, "correct")
+    axis.plot(steps, every, color=BLUE, alpha=0.3, linewidth=1)
+    axis.plot(steps, smooth(every), color=BLUE, label="correct, every group of a step")
     points = column(lines, "heldout")
     if points[0]:
         line = "o--" if len(points[0]) > 2 else "o"  # a line between two points would say too much
@@ -141,11 +142,18 @@ def entropy_change(axis: Axes, lines: Lines) -> None:
     """What first-order theory predicts, and what happened."""
     axis.axhline(0, color=GREY, linewidth=0.8)
     steps, predicted = column(lines, "entropy_predicted")
-    axis.plot(steps, predicted, color=PURPLE, alpha=0.8, label="predicted, every step")
+    slopes, correlations = (
+        column(lines, f"entropy_{name}")[1] for name in ("slope", "correlation")
+    )
+    # The theory is that of plain gradient descent; Adam's steps are larger by a factor, the slope.
+    scale = slopes[-1] if slopes and slopes[-1] > 0 else 1.0
+    label = "predicted" if scale == 1.0 else f"predicted × {scale:,.0f}, the fitted slope"
+    axis.plot(steps, [scale * p for p in predicted], color=PURPLE, alpha=0.8, label=label)
     steps, realised = column(lines, "entropy_realised")
     axis.plot(steps, realised, "D", color=RED, markersize=5, label="realised, same tokens")
-    axis.set(title="Entropy change of a step", ylabel="nats per token")
-    axis.legend(loc="best")
+    found = f" (correlation {correlations[-1]:.2f})" if correlations else ""
+    axis.set(title=f"Entropy change of a step{found}", ylabel="nats per token")
+    axis.legend(loc="lower right")
     _steps(axis)
 
 

@@ -125,10 +125,11 @@ def _progress(now: Status, width: int) -> RenderableType:
 
 
 def _curves(now: Status, lines: Sequence[Mapping[str, Any]], width: int) -> RenderableType:
-    """Reward, entropy, length with their histories, and the held-out points."""
+    """Correct (every group), reward (those trained on), entropy, length; the held-out points."""
     room = max(8, width - 36)
     table = Table.grid(padding=(0, 1))
     for name, value, style in (
+        ("correct", next(iter(series(lines, "correct")[-1:]), None), "green"),
         ("reward", now.reward, "yellow"),
         ("entropy", now.entropy, "magenta"),
         ("length", now.length, "blue"),
