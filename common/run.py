@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -59,12 +59,24 @@ def run(
     """
     plan = prepare(recipe, out, resume, overrides)
 
+    summary, signal_number = carry_out(plan, plain, to_stderr=as_json)
+    if as_json:
+        click.echo(json.dumps(summary))
+    if signal_number:
+        click.echo(f"stopped; go on with: isentrope run --resume {plan.folder}", err=True)
+        sys.exit(128 + signal_number)
+
+
+def carry_out(plan: Plan, plain: bool, to_stderr: bool = False) -> tuple[dict[str, Any], int]:
+    """Supervise the run to its end, shown as it goes; its summary, and the signal that stopped it
+    (0: none).
+    """
     from rich.console import Console
 
     from common.live import open_view
     from common.summary import complete, show
 
-    console = Console(stderr=as_json)
+    console = Console(stderr=to_stderr)
     view = open_view(plan.folder, console, plain)
     view.note(f"run folder {plan.folder}")
     supervisor = _supervisor(plan, view)
@@ -76,11 +88,7 @@ def run(
     wall_s = time.monotonic() - began
     summary = complete(plan.folder, {"restarts": supervisor.restarts(), "wall_s": round(wall_s, 2)})
     show(summary, console)
-    if as_json:
-        click.echo(json.dumps(summary))
-    if supervisor.stopped_by:
-        click.echo(f"stopped; go on with: isentrope run --resume {plan.folder}", err=True)
-        sys.exit(128 + supervisor.stopped_by)
+    return summary, supervisor.stopped_by or 0
 
 
 # -- before anything starts -------------------------------------------------------------------

@@ -38,7 +38,7 @@ class EvalConfig(Section, frozen=True, kw_only=True):
 
 class LearnerConfig(Section, frozen=True, kw_only=True):
     # the batch
-    steps: PositiveInt = 60
+    steps: NaturalInt = 60  # 0: only evaluate
     groups_per_step: PositiveInt = 32
     group_size: PositiveInt = 8
     n_aux: NaturalInt = 0  # aux groups a step

@@ -60,12 +60,12 @@ class Evaluation(msgspec.Struct, kw_only=True):
 
     def facts(self) -> dict[str, float]:
         return {
-            "heldout/accuracy": self.accuracy,
-            "heldout/standard_error": self.standard_error,
-            "heldout/pass_any": self.solved / self.groups if self.groups else math.nan,
-            "heldout/length": self.length,
-            "heldout/rollouts": self.rollouts,
-            "heldout/grader_errors": self.errors,
-            "heldout/version_oldest": self.oldest,
-            "heldout/version_newest": self.newest,
+            "accuracy": self.accuracy,
+            "standard_error": self.standard_error,
+            "pass_any": self.solved / self.groups if self.groups else math.nan,
+            "length": self.length,
+            "rollouts": self.rollouts,
+            "grader_errors": self.errors,
+            "version_oldest": self.oldest,
+            "version_newest": self.newest,
         }

@@ -151,6 +151,7 @@ def _end(it: Learner, ending: str) -> str:
     if ending:
         it.desk.record(Finish(t=it.state.t, reason=ending))
     _checkpoint(it)
+    model.export(it.state.model, it.run, it.folder.path / "model")
     it.report.finish(ending or "stopped", it.desk, it.state.t)
     return ending or "stopped"
 

@@ -7,6 +7,8 @@ the model.
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -140,3 +142,19 @@ def snapshot(model: nn.Module, dtype: Literal["fp32", "bf16"]) -> tuple[Blob, ..
         code = "F32" if dtype == "fp32" else "BF16"
         blobs.append(Blob(name, code, tuple(copy.shape), data))
     return tuple(blobs)
+
+
+def export(model: Policy, run: RunConfig, folder: Path) -> None:
+    """The policy as an ordinary Hugging Face folder: weights and configuration, and beside them the
+    tokenizer's files as the run's model has them. Written aside and renamed.
+    """
+    source = models.find(run.model)
+    aside = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.net.save_pretrained(aside)
+    for file in sorted(source.iterdir()):
+        wanted = file.suffix in (".json", ".jinja", ".txt", ".model")
+        if wanted and ".index." not in file.name and not (aside / file.name).exists():
+            shutil.copyfile(file, aside / file.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)

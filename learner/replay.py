@@ -1,8 +1,10 @@
-"""Train again from the journal, with no actors: to the same bits, or with other methods on the same data.
+"""Train again from the journal, with no actors: to the same bits, or with other methods on the same
+data.
 
-With the recorded configuration every step must come out bit for bit (CPU, same threads and torch). With another one,
-the recorded data is off-policy from the first differing step on: the effective sample size of the ratio between the
-replayed policy and the behaviour policy says how far the answer can be trusted, and replay stops below a threshold.
+With the recorded configuration every step must come out bit for bit (CPU, same threads and torch).
+With another one, the recorded data is off-policy from the first differing step on: the effective
+sample size of the ratio between the replayed policy and the behaviour policy says how far the
+answer can be trusted, and replay stops below a threshold.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ def replay(
     least_ess: float,
     show: Callable[[int, StepReport, bool], None],
 ) -> Replayed:
-    """From step 0 to the journal's end. Raises JournalError where a recorded step does not come out again."""
+    """From step 0 to the journal's end. Raises JournalError where a recorded step does not come out
+    again.
+    """
     equal, stopped = 0, ""
 
     def on_step(batch: Selection, report: StepReport, same: bool) -> bool:

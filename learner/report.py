@@ -238,6 +238,10 @@ class Report:
             }
             if main
             else {},
+            "evaluations": {
+                label: {"step": step, **point.facts()}
+                for label, (step, point) in self._points.items()
+            },
             "lag_mean": sum(k * v for k, v in self._lags.items()) / rollouts if rollouts else 0.0,
             "lag_max": max(self._lags, default=0),
             "max_lag": self._config.max_lag,
