@@ -70,17 +70,17 @@ class Batch:
                 break
         return self._ended
 
+    @torch.inference_mode()
     def swap(self, staged: Staged) -> float:
         """Serve `staged` from the next token on; running rows keep their cache. Returns the seconds it took."""
         started = time.monotonic()
         staged.apply()
+        self._model.refresh()
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
         self.version, self.trained = staged.version, staged.names
         self.rows.mark_swap(staged.version)
-        for request in list(
-            self._prefix_rows
-        ):  # computed under the old weights, and nothing sampled from it yet
+        for request in list(self._prefix_rows):  # of the old weights, and still without a token
             self._free_prefix(request)
         return time.monotonic() - started
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from actor.engine.kvcache import KVCache
+from actor.engine.linear import MAX_PACKED_BYTES, Linear, packable
 
 _FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles depend on the position only
@@ -22,13 +23,11 @@ _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles depend on the p
 
 class _Block(NamedTuple):
     before_attention: nn.Parameter
-    qkv: torch.Tensor  # [(H + 2 Hk)·D, hidden]
-    qkv_bias: torch.Tensor | None
-    out: nn.Linear
+    qkv: Linear  # hidden → (H + 2 Hk)·D
+    out: Linear
     before_mlp: nn.Parameter
-    gate_up: torch.Tensor  # [2 × inner, hidden]
-    gate_up_bias: torch.Tensor | None
-    down: nn.Linear
+    gate_up: Linear  # hidden → 2 × inner
+    down: Linear
 
 
 def knows(net: Any) -> bool:
@@ -44,14 +43,24 @@ class Fused:
         self._net, self._cache = net, cache
         self._size, self._eps = (net.config.hidden_size,), net.config.rms_norm_eps
         self._scale = cache.head_size**-0.5
-        self._blocks = [_pack(layer) for layer in net.model.layers]
+        weight = net.lm_head.weight
+        size_bytes = sum(p.nbytes for p in net.parameters())
+        packed = packable(weight) and size_bytes <= MAX_PACKED_BYTES
+        self._blocks = [_pack(layer, packed) for layer in net.model.layers]
+        self._head = Linear(weight, None, packed)
         self._cos, self._sin = _angles(net, length)
 
     def decode(self, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] after `tokens` (int64 [B])."""
         x = self._run(tokens, position, self._blocks)
-        for_head = F.rms_norm(x, self._size, self._net.model.norm.weight, self._eps)
-        return F.linear(for_head, self._net.lm_head.weight)
+        return self._head(F.rms_norm(x, self._size, self._net.model.norm.weight, self._eps))
+
+    def refresh(self) -> None:
+        """The parameters have changed."""
+        self._head.refresh()
+        for block in self._blocks:
+            for linear in (block.qkv, block.out, block.gate_up, block.down):
+                linear.refresh()
 
     def prefill(self, tokens: torch.Tensor, position: torch.Tensor) -> None:
         """Keys and values of `tokens` (int64 [N]); the last block ends with them."""
@@ -67,10 +76,10 @@ class Fused:
         x = F.embedding(tokens, self._net.model.embed_tokens.weight)
         for layer, block in enumerate(blocks):
             q, kv = self._rotated(x, block, cos, sin)
-            x = _add(x, self._cache.attend(layer, q, kv, self._scale), block.out)
+            x = block.out.added_to(x, self._cache.attend(layer, q, kv, self._scale))
             normed = F.rms_norm(x, self._size, block.before_mlp, self._eps)
-            gate, up = F.linear(normed, block.gate_up, block.gate_up_bias).chunk(2, -1)
-            x = _add(x, F.silu(gate).mul_(up), block.down)
+            gate, up = block.gate_up(normed).chunk(2, -1)
+            x = block.down.added_to(x, F.silu(gate).mul_(up))
         return x
 
     def _rotated(
@@ -80,26 +89,28 @@ class Fused:
         cache, D = self._cache, self._cache.head_size
         turned = cache.heads + cache.key_heads
         normed = F.rms_norm(x, self._size, block.before_attention, self._eps)
-        qkv = F.linear(normed, block.qkv, block.qkv_bias)
+        qkv = block.qkv(normed)
         qk = qkv[:, : turned * D].view(-1, turned, D)
         qk.copy_((qk * cos).addcmul_(qk.roll(D // 2, -1), sin))
         return qk[:, : cache.heads], qkv[:, cache.heads * D :]
 
 
-def _pack(layer: Any) -> _Block:
+def _pack(layer: Any, packed: bool) -> _Block:
     attention, mlp = layer.self_attn, layer.mlp
-    qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-    gate_up = (mlp.gate_proj, mlp.up_proj)
     return _Block(
         layer.input_layernorm.weight,
-        _share([p.weight for p in qkv]),
-        _share([p.bias for p in qkv]) if attention.q_proj.bias is not None else None,
-        attention.o_proj,
+        _joined([attention.q_proj, attention.k_proj, attention.v_proj], packed),
+        Linear(attention.o_proj.weight, attention.o_proj.bias, packed),
         layer.post_attention_layernorm.weight,
-        _share([p.weight for p in gate_up]),
-        _share([p.bias for p in gate_up]) if mlp.gate_proj.bias is not None else None,
-        mlp.down_proj,
+        _joined([mlp.gate_proj, mlp.up_proj], packed),
+        Linear(mlp.down_proj.weight, mlp.down_proj.bias, packed),
     )
+
+
+def _joined(parts: list[nn.Linear], packed: bool) -> Linear:
+    biases = [part.bias for part in parts if part.bias is not None]
+    weight = _share([part.weight for part in parts])
+    return Linear(weight, _share(biases) if biases else None, packed)
 
 
 def _share(parts: list[nn.Parameter]) -> torch.Tensor:
@@ -118,10 +129,3 @@ def _angles(net: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     cos, sin = net.model.rotary_emb(weight, torch.arange(length, device=weight.device)[:, None])
     half = cos.shape[-1] // 2
     return cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)
-
-
-def _add(x: torch.Tensor, y: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
-    """x + linear(y), in one operation where there is no bias."""
-    if linear.bias is not None:
-        return x + linear(y)
-    return torch.addmm(x, y, linear.weight.t())

@@ -35,6 +35,9 @@ class Generic:
         width = self._cache.place.prefix
         self._run(tokens.view(-1, width), position.view(-1, width))
 
+    def refresh(self) -> None:
+        """The parameters have changed: its modules read them at every pass."""
+
     def _run(self, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         out = self._net.base_model(input_ids=tokens, position_ids=position, use_cache=False)
         hidden: torch.Tensor = out.last_hidden_state

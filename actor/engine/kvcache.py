@@ -52,6 +52,9 @@ class KVCache:
         # Zeros, not empty: masked positions are multiplied by 0, and 0 × NaN would be NaN.
         self.buffer = torch.zeros(layers, rows, length, wide, dtype=dtype, device=device)
         self._flat = [self.buffer[layer].view(rows * length, wide) for layer in range(layers)]
+        half = wide // 2
+        self._keys = [block[:, :, :half].transpose(1, 2) for block in self.buffer]  # [R, Hk·D, M]
+        self._values = [block[:, :, half:] for block in self.buffer]  # [R, M, Hk·D]
         self._positions = torch.arange(length, device=device)
         self._row_starts = torch.arange(rows, device=device) * length
         self._own_keys = _own_keys(self.heads, self.key_heads).to(device, dtype)
@@ -88,38 +91,41 @@ class KVCache:
         self.keep(layer, kv)
         if self.place.prefix:
             return self._attend_prefix(q, kv, scale)
-        attend = self._attend_rows if self._block_diagonal else self._attend_heads
-        cuts = [
-            attend(q[cut.first : cut.stop], self.buffer[layer, cut.first : cut.stop], cut, scale)
-            for cut in self.place.stretches
-        ]
-        return cuts[0] if len(cuts) == 1 else torch.cat(cuts)
+        if self._block_diagonal:
+            return self._attend_rows(layer, q, scale)
+        return self._attend_heads(layer, q, scale)
 
-    def _attend_rows(
-        self, q: torch.Tensor, cache: torch.Tensor, cut: Stretch, scale: float
-    ) -> torch.Tensor:
+    def _attend_rows(self, layer: int, q: torch.Tensor, scale: float) -> torch.Tensor:
         """One matrix product a row in place of one a head: queries are laid out block-diagonally.
 
         On a CPU, small products cost by their number: 1.5 times faster than
         scaled_dot_product_attention at 128 rows of 4 heads, for Hk times the arithmetic.
         """
         B, H, D = q.shape
-        half = self.key_heads * D
-        seen = cache[:, : cut.width]
-        queries = (q[:, :, None] * self._own_keys).view(B, H, half)
-        scores = torch.baddbmm(cut.bias, queries, seen[:, :, :half].transpose(1, 2), alpha=scale)
-        mixed = torch.bmm(torch.softmax(scores, -1), seen[:, :, half:])
+        keys, values = self._keys[layer], self._values[layer]
+        queries = (q[:, :, None] * self._own_keys).view(B, H, -1)
+        mixed = torch.empty_like(queries)
+        for first, stop, width, bias in self.place.stretches:
+            seen = keys[first:stop, :, :width]
+            scores = torch.baddbmm(bias, queries[first:stop], seen, alpha=scale)
+            torch.bmm(scores.softmax(-1), values[first:stop, :width], out=mixed[first:stop])
         own = mixed.view(B, self.key_heads, H // self.key_heads, self.key_heads, D)
         return own.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(B, H * D)
 
-    def _attend_heads(
-        self, q: torch.Tensor, cache: torch.Tensor, cut: Stretch, scale: float
-    ) -> torch.Tensor:
-        keys, values = self._split(cache[:, : cut.width])
-        mixed = F.scaled_dot_product_attention(
-            q[:, :, None], keys, values, cut.bias[:, None], scale=scale, enable_gqa=self._grouped
-        )
-        return mixed.reshape(len(q), -1)
+    def _attend_heads(self, layer: int, q: torch.Tensor, scale: float) -> torch.Tensor:
+        cuts = []
+        for first, stop, width, bias in self.place.stretches:
+            keys, values = self._split(self.buffer[layer, first:stop, :width])
+            mixed = F.scaled_dot_product_attention(
+                q[first:stop, :, None],
+                keys,
+                values,
+                bias[:, None],
+                scale=scale,
+                enable_gqa=self._grouped,
+            )
+            cuts.append(mixed.reshape(stop - first, -1))
+        return cuts[0] if len(cuts) == 1 else torch.cat(cuts)
 
     def _attend_prefix(self, q: torch.Tensor, kv: torch.Tensor, scale: float) -> torch.Tensor:
         T = self.place.prefix

@@ -89,6 +89,10 @@ class Model:
                 return self._forward
         raise DataError(f"{type(net).__name__}: decoding with a KV cache disagrees with its forward")
 
+    def refresh(self) -> None:
+        """To be called after `parameters` have changed."""
+        self._forward.refresh()
+
     def prefill(self, rows: list[int], prefixes: list[torch.Tensor]) -> None:
         """Fill the cache of `rows` with the keys and values of `prefixes` (int64 [P] each)."""
         width = max(len(prefix) for prefix in prefixes)

@@ -37,9 +37,8 @@ class Staged:
         ]
 
     def apply(self) -> None:
-        with torch.inference_mode():
-            for parameter, value in self._pairs:
-                parameter.copy_(value)
+        for parameter, value in self._pairs:
+            parameter.copy_(value)
 
 
 def _check(tensor: Tensor, version: int, parameters: Mapping[str, torch.Tensor]) -> None:
