@@ -6,6 +6,9 @@ attention). Elsewhere they are unpacked around the attention call only: sequence
 become the rows of one padded batch, so that a causal kernel without a mask does the work. A mask
 over the packed sequence would cost O(S²) instead of O(Σ length²). What stands in the padding never
 reaches a result: causal queries do not see later keys, and padded queries are not read back.
+
+Sequences of a group begin with the same prompt. Everything but attention is done once for it: the
+tokens that a sequence takes from another's prompt are its *echoes*.
 """
 
 from __future__ import annotations
@@ -39,29 +42,43 @@ class Packing:
     starts: Tensor  # int32 [R + 1]: cumulative lengths
     longest: int
     buckets: tuple[Bucket, ...]
-    unpack: Tensor  # int64 [P]: packed token of each padded place (some packed token where padding)
-    repack: Tensor  # int64 [S]: padded place of each packed token
-    padded: bool  # False: both indices are the identity
+    unpack: Tensor  # int64 [P]: packed token of each padded place (any packed token where padding)
+    repack: Tensor  # int64 [S]: the padded place that belongs to each packed token
+    echoes: Tensor  # int64 [2, E]: further padded places of a packed token, and that token
+    straight: bool  # unpacking changes nothing
 
     @classmethod
-    def of(cls, lengths: np.ndarray, device: torch.device | str = "cpu") -> Packing:
-        """`lengths` int64 [R], rising."""
-        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    def of(
+        cls, lengths: np.ndarray, token: np.ndarray, fed: np.ndarray, device: torch.device | str
+    ) -> Packing:
+        """Sequences of `lengths` int64 [R], rising, end to end.
+
+        Of each of their tokens: the packed one that it is (`token` int64), and whether it is fed
+        here or by another sequence (`fed` bool).
+        """
         buckets, widths = _buckets(lengths)
-        firsts = np.cumsum(widths) - widths  # padded place of each row's first token
-        row = np.repeat(np.arange(lengths.size), lengths)
-        within = np.arange(int(starts[-1])) - starts[:-1][row]
-        repack = firsts[row] + within
+        place = np.arange(token.size) + np.repeat(_starts(widths) - _starts(lengths), lengths)
         unpack = np.zeros(int(widths.sum()), np.int64)
-        unpack[repack] = np.arange(repack.size)
+        unpack[place] = token
+        echoes = np.stack([place[~fed], token[~fed]])
+
+        def put(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
         return cls(
-            starts=torch.from_numpy(starts.astype(np.int32)).to(device),
+            starts=put(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
             longest=int(lengths.max(initial=0)),
             buckets=buckets,
-            unpack=torch.from_numpy(unpack).to(device),
-            repack=torch.from_numpy(repack).to(device),
-            padded=unpack.size != repack.size,
+            unpack=put(unpack),
+            repack=put(place[fed]),
+            echoes=put(echoes),
+            straight=bool(fed.all()) and unpack.size == token.size,
         )
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    starts: np.ndarray = np.cumsum(counts) - counts
+    return starts
 
 
 def _buckets(lengths: np.ndarray) -> tuple[tuple[Bucket, ...], np.ndarray]:
@@ -78,16 +95,20 @@ def _buckets(lengths: np.ndarray) -> tuple[tuple[Bucket, ...], np.ndarray]:
 
 
 class _Unpack(torch.autograd.Function):
-    """[S, …] → [P, …]. Padding receives no gradient, so the way back is a gather as well."""
+    """[S, …] → [P, …]. Padding receives no gradient: the way back is a gather and the echoes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, unpack: Tensor, repack: Tensor) -> Tensor:
-        ctx.save_for_backward(repack)
+    def forward(ctx: Any, x: Tensor, unpack: Tensor, repack: Tensor, echoes: Tensor) -> Tensor:
+        ctx.save_for_backward(repack, echoes)
         return x.index_select(0, unpack)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        repack, (places, tokens) = ctx.saved_tensors
+        out = grad.index_select(0, repack)
+        if places.numel():
+            out.index_add_(0, tokens, grad.index_select(0, places))
+        return out, None, None, None
 
 
 class _Repack(torch.autograd.Function):
@@ -106,7 +127,9 @@ class _Repack(torch.autograd.Function):
 
 
 def _unpack(x: Tensor, packing: Packing) -> Tensor:
-    out: Tensor = _Unpack.apply(x, packing.unpack, packing.repack)  # type: ignore[no-untyped-call]
+    out: Tensor = _Unpack.apply(  # type: ignore[no-untyped-call]
+        x, packing.unpack, packing.repack, packing.echoes
+    )
     return out
 
 
@@ -131,7 +154,8 @@ def attend(
         raise DataError(f"{type(module).__name__} did not pass the packing on to its attention")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, heads, D]
     window = sliding_window if sliding_window and sliding_window < packing.longest else None
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and window is None:
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if query.is_cuda and half and window is None and not packing.echoes.numel():
         return _flash(q, k, v, packing, scaling)[None], None
     return _bucketed(q, k, v, packing, scaling, window)[None], None
 
@@ -139,7 +163,7 @@ def attend(
 def _bucketed(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | None, window: int | None
 ) -> Tensor:
-    if packing.padded:
+    if not packing.straight:
         q, k, v = (_unpack(x, packing) for x in (q, k, v))
     outs, first = [], 0
     for rows, width in packing.buckets:
@@ -160,7 +184,7 @@ def _bucketed(
         outs.append(out.transpose(1, 2).reshape(rows * width, *q.shape[1:]))
         first = places.stop
     joined = outs[0] if len(outs) == 1 else torch.cat(outs)
-    return _repack(joined, packing) if packing.padded else joined
+    return joined if packing.straight else _repack(joined, packing)
 
 
 def _band(width: int, window: int, device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@
     lengths ── split ──▶ micros    row numbers of each micro-batch, under a token budget,
                                    balanced by Σ length²
     Batch, rows ── pack ──▶ Micro  sequences laid end to end, positions restart, attention sees
-                                   each alone
+                                   each alone, a group's prompt is fed once
 
 A *token* of the batch is one that the table has a line for: every sampled (policy) token and every
 token with a loss mask. Its log-prob comes from the hidden state one position earlier; what follows
@@ -24,14 +24,8 @@ import torch
 
 from common import wire
 from learner.attention import Packing
+from learner.ledger import Item
 from learner.table import Static
-
-
-class Item(NamedTuple):
-    """One consumed ticket with its group."""
-
-    ticket: wire.Ticket
-    group: wire.Group
 
 
 @dataclass(frozen=True)
@@ -46,6 +40,7 @@ class Batch:
     row_group: np.ndarray  # int64 [R]
     reward: np.ndarray  # float64 [R]
     row_lag: np.ndarray  # int64 [R]: lag of the row's oldest token
+    row_prompt: np.ndarray  # int64 [R]: tokens of its prompt
     row_tokens: np.ndarray  # int64 [R]: table tokens of each row
     row_trained: np.ndarray  # int64 [R]: those of them with a loss mask
     token_starts: np.ndarray  # int64 [R]: where a row's tokens begin in the table
@@ -109,6 +104,7 @@ def flatten(items: Sequence[Item], version: int) -> Batch:
         row_group=groups,
         reward=np.array([reward(r) for r in rollouts], np.float64),
         row_lag=np.array([max(0, version - r.oldest_version) for r in rollouts], np.int64),
+        row_prompt=np.array([order[g].ticket.prompt.size for g, _ in rows], np.int64),
         row_tokens=row_tokens,
         row_trained=np.bincount(row[flat_mask[kept]], minlength=len(rows)),
         token_starts=_starts(row_tokens),
@@ -187,67 +183,99 @@ def _static(
     )
 
 
-def split(lengths: np.ndarray, budget: int, ranks: int = 1) -> list[list[np.ndarray]]:
+def split(
+    lengths: np.ndarray, budget: int, ranks: int = 1, group: np.ndarray | None = None
+) -> list[list[np.ndarray]]:
     """Row numbers of every micro-batch of every rank: `result[rank][micro]`.
 
     Longest first into the micro-batch with the smallest Σ length² that has room for it; every rank
     gets the same number of micro-batches (sharded forward passes meet), some possibly empty. A row
-    longer than the budget travels alone. Empty rows travel nowhere.
+    longer than the budget travels alone. Empty rows travel nowhere. Rows of a small `group` [R]
+    travel together, so that they can share their prompt.
     """
-    order = np.argsort(-lengths, kind="stable")
-    order = order[lengths[order] > 0]
-    tokens = int(np.minimum(lengths, budget).sum())
-    per_rank = max(1, math.ceil(tokens / budget / ranks))
-    while (bins := _fill(lengths, order, budget, per_rank * ranks)) is None:
+    units = _units(lengths, budget, ranks, group)
+    tokens = np.array([lengths[rows].sum() for rows in units], np.int64)
+    cost = np.array([(lengths[rows] ** 2).sum() for rows in units], np.float64)
+    per_rank = max(1, math.ceil(int(np.minimum(tokens, budget).sum()) / budget / ranks))
+    while (bins := _fill(tokens, cost, budget, per_rank * ranks)) is None:
         per_rank += 1
-    cost = [int((lengths[rows] ** 2).sum()) for rows in bins]
     shares: list[list[np.ndarray]] = [[] for _ in range(ranks)]
-    load = [0] * ranks
-    for b in sorted(range(len(bins)), key=lambda b: (-cost[b], b)):
+    load = [0.0] * ranks
+    costs = [float(cost[b].sum()) for b in bins]
+    for b in sorted(range(len(bins)), key=lambda b: (-costs[b], b)):
         rank = min((r for r in range(ranks) if len(shares[r]) < per_rank), key=load.__getitem__)
-        shares[rank].append(bins[b])
-        load[rank] += cost[b]
+        shares[rank].append(_join([units[u] for u in bins[b]], np.int64))
+        load[rank] += costs[b]
     return shares
 
 
-def _fill(
-    lengths: np.ndarray, order: np.ndarray, budget: int, bins: int
-) -> list[np.ndarray] | None:
-    rows: list[list[int]] = [[] for _ in range(bins)]
-    cost, tokens = np.zeros(bins), np.zeros(bins, np.int64)
-    for row in order:
-        length = lengths[row]
-        room = (tokens + length <= budget) | (tokens == 0)
+def _units(
+    lengths: np.ndarray, budget: int, ranks: int, group: np.ndarray | None
+) -> list[np.ndarray]:
+    """Rows that travel together: whole groups where they are small and many, else single rows."""
+    rows = np.flatnonzero(lengths)
+    single = np.split(rows, rows.size) if rows.size else []
+    if group is None or not rows.size:
+        return single
+    numbers, start = np.unique(group[rows], return_index=True)  # rows of a group are neighbours
+    groups = np.split(rows, start[1:])
+    largest = max(int(lengths[g].sum()) for g in groups)
+    return groups if largest <= budget // 4 and numbers.size >= 4 * ranks else single
+
+
+def _fill(tokens: np.ndarray, cost: np.ndarray, budget: int, bins: int) -> list[np.ndarray] | None:
+    """Numbers of the units in each bin; None when some unit finds no room."""
+    held: list[list[int]] = [[] for _ in range(bins)]
+    load, used = np.zeros(bins), np.zeros(bins, np.int64)
+    for unit in np.argsort(-cost, kind="stable"):
+        room = (used + tokens[unit] <= budget) | (used == 0)
         if not room.any():
             return None
-        best = int(np.where(room, cost, np.inf).argmin())
-        rows[best].append(int(row))
-        cost[best] += float(length) ** 2
-        tokens[best] += length
-    return [np.array(chosen, np.int64) for chosen in rows]
+        best = int(np.where(room, load, np.inf).argmin())
+        held[best].append(int(unit))
+        load[best] += cost[unit]
+        used[best] += tokens[unit]
+    return [np.array(chosen, np.int64) for chosen in held]
 
 
-def pack(batch: Batch, rows: np.ndarray, device: torch.device | str = "cpu") -> Micro:
-    """The micro-batch of `rows`, shortest first: those of like length share an attention call."""
+def pack(
+    batch: Batch, rows: np.ndarray, device: torch.device | str = "cpu", share: bool = True
+) -> Micro:
+    """The micro-batch of `rows`, shortest first: those of like length share an attention call.
+
+    With `share` the prompt of a group is fed once, by the first of its rows.
+    """
     rows = rows[np.argsort(batch.lengths[rows], kind="stable")]
     lengths, tokens = batch.lengths[rows], batch.row_tokens[rows]
-    fed = _ranges(batch.starts[rows], lengths)
+    first = _first_of_group(batch.row_group[rows])
+    skip = np.where(share & (first != np.arange(rows.size)), batch.row_prompt[rows], 0)
+    row = np.repeat(np.arange(rows.size), lengths)  # of every token of every sequence
+    within = _ranges(np.zeros_like(lengths), lengths)
+    starts = _starts(lengths - skip)
+    fed = within >= skip[row]
+    token = np.where(fed, starts[row] - skip[row] + within, starts[first[row]] + within)
     lines = _ranges(batch.token_starts[rows], tokens)
-    starts = _starts(lengths)
 
     def put(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
 
     index = put(lines)
     return Micro(
-        ids=put(batch.ids[fed])[None],
-        positions=put(np.arange(fed.size) - np.repeat(starts, lengths))[None],
-        packing=Packing.of(lengths, device),
-        at=put(batch.at[lines] + np.repeat(starts, tokens)),
+        ids=put(batch.ids[_ranges(batch.starts[rows], lengths)][fed])[None],
+        positions=put(within[fed])[None],
+        packing=Packing.of(lengths, token, fed, device),
+        at=put(token[batch.at[lines] + np.repeat(_starts(lengths), tokens)]),
         target=put(batch.target[lines]),
         temperature=batch.static.temperature.to(device)[index],
         tokens=index,
     )
+
+
+def _first_of_group(group: np.ndarray) -> np.ndarray:
+    """int64 [R]: for each row the first row of its group."""
+    _, first, number = np.unique(group, return_index=True, return_inverse=True)
+    found: np.ndarray = first[number]
+    return found
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:

@@ -117,7 +117,7 @@ def _prepare(state: TrainState, items: Sequence[Item], config: LearnerConfig, co
     main, aux = static.mask & ~static.aux, static.mask & static.aux
     share = scale(main, static.row, config.aggregation, config.max_tokens)
     aux_share = scale(aux, static.row, "seq_mean", config.max_tokens)
-    mine = split(batch.lengths, config.tokens_per_micro, comm.world_size)[comm.rank]
+    mine = split(batch.lengths, config.tokens_per_micro, comm.world_size, batch.row_group)
     return _Work(
         config=config,
         comm=comm,
@@ -126,7 +126,7 @@ def _prepare(state: TrainState, items: Sequence[Item], config: LearnerConfig, co
         static=static.to(where),
         scale=share.to(where),
         extra_scale=(share + aux_share).to(where),
-        micros=tuple(pack(batch, rows, where) for rows in mine if rows.size),
+        micros=tuple(pack(batch, rows, where) for rows in mine[comm.rank] if rows.size),
     )
 
 

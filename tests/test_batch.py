@@ -95,3 +95,25 @@ def test_a_packed_micro_batch_keeps_sequences_apart_and_finds_its_lines() -> Non
     assert micro.tokens.tolist() == [6, 7, 2, 3, 4]
     assert micro.at.tolist() == [0, 1, 3, 4, 5]
     assert micro.target.tolist() == [11, 12, 7, 8, 9]
+
+
+def test_a_groups_prompt_is_fed_once_and_every_row_finds_it() -> None:
+    batch = flatten(two_groups(), 3)
+    micro = pack(batch, np.arange(4))
+    # rows by length: [3], [3 11], [1 2 5], [1 2 7 8]
+    assert micro.ids.tolist() == [[3, 11, 1, 2, 5, 7, 8]]
+    assert micro.positions.tolist() == [[0, 1, 0, 1, 2, 2, 3]]
+    assert micro.target.tolist() == [10, 11, 12, 5, 6, 7, 8, 9]
+    assert micro.at.tolist() == [0, 0, 1, 3, 4, 3, 5, 6]
+    assert micro.packing.echoes[1].tolist() == [0, 2, 3]
+    assert pack(batch, np.arange(4), share=False).ids.numel() == batch.ids.size
+
+
+def test_small_groups_travel_together_and_large_ones_do_not() -> None:
+    lengths = np.full(64, 10)
+    group = np.repeat(np.arange(8), 8)
+    (together,) = split(lengths, 320, 1, group)
+    assert all((np.bincount(group[rows])[group[rows]] == 8).all() for rows in together)
+    (apart,) = split(lengths, 100, 1, group)
+    assert sorted(np.concatenate(apart).tolist()) == list(range(64))
+    assert all(lengths[rows].sum() <= 100 for rows in apart)
