@@ -1,10 +1,6 @@
-from pathlib import Path
-
 import torch
-from torch import distributed, multiprocessing
 
 from learner.batch import Item, flatten
-from learner.comm import Comm
 from learner.table import Table
 from tests.builders import make_group, make_ticket
 
@@ -72,23 +68,3 @@ def test_the_discriminator_is_zero_for_a_uniform_distribution() -> None:
     n = len(t.logp)
     uniform = Table.join(t, -torch.full((n,), 4.0).log(), t.lp, torch.full((n,), 4.0).log(), t.N)
     assert torch.allclose(uniform.S, torch.zeros(n), atol=1e-6)
-
-
-def _gather(rank: int, store: str, folder: str) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    try:
-        comm = Comm.current()
-        columns = torch.zeros(3, 10)
-        mine = torch.arange(rank, 10, 2)
-        columns[:, mine] = torch.arange(30.0).view(3, 10)[:, mine]
-        torch.save(comm.gather(columns), Path(folder) / f"{rank}.pt")
-    finally:
-        distributed.destroy_process_group()
-
-
-def test_two_processes_gather_one_table_in_canonical_order(tmp_path: Path) -> None:
-    store = str(tmp_path / "store")
-    multiprocessing.spawn(_gather, (store, str(tmp_path)), nprocs=2)
-    for rank in range(2):
-        gathered = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert torch.equal(gathered, torch.arange(30.0).view(3, 10))
