@@ -1,1 +1,3 @@
-"""What two processes that never meet must agree on: configuration, wire, journal, versions, metrics. Never torch."""
+"""What two processes that never meet must agree on: configuration, wire, journal, versions,
+metrics. Never torch.
+"""

@@ -17,7 +17,7 @@ import zmq
 
 from common.errors import ConfigError
 
-HIGH_WATER = 512  # messages queued a peer; credits bound the work, this a peer that went mad
+HIGH_WATER = 16384  # messages queued a peer; credits bound the work, this a peer that went mad
 HEARTBEAT_MS = 2_000
 DEAD_MS = 6_000  # a peer that answered no ZMTP ping for so long is gone
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # fixed by ZeroMQ's RFC 27
@@ -115,7 +115,7 @@ def _authenticate(socket: Any, keys: Keys) -> None:
 
 
 def demand_keys(endpoint: str, keys: Keys | None, verb: str) -> None:
-    """Raises ConfigError for an endpoint off loopback without keys, and for keys that trust nobody."""
+    """Raises ConfigError: an endpoint off loopback without keys, or keys that trust nobody."""
     if keys is not None and not keys.peers:
         raise ConfigError(
             f"will not {verb} {endpoint}: the keys name no peer to trust; "

@@ -3,7 +3,7 @@
     IsentropeError
     ├── ConfigError       the user's recipe or command line
     ├── DataError         a dataset, a model folder, a tokenizer
-    ├── WireError         a message that is malformed or lies; the peer's fault, never fatal for the receiver
+    ├── WireError         a message that is malformed or lies; never fatal for who receives it
     ├── JournalError      the run folder: corruption, a second learner, a failed fsync
     ├── WeightsError      a weight version that is missing, cut or not what its digest says
     ├── EngineError       the generation engine failed (infrastructure: the ticket goes back)

@@ -15,4 +15,6 @@ def find(name: str) -> Path:
         if (folder / "config.json").is_file():
             return folder.resolve()
     shipped = ", ".join(sorted(p.parent.name for p in SHIPPED.glob("*/config.json")))
-    raise DataError(f"no model at {name!r}: give a folder that holds a config.json, or one of: {shipped}")
+    raise DataError(
+        f"no model at {name!r}: give a folder that holds a config.json, or one of: {shipped}"
+    )

@@ -63,7 +63,7 @@ def learner(recipe: str, run_folder: Path, resume: bool, overrides: tuple[str, .
     type=click.FloatRange(0, 1),
     default=0.3,
     show_default=True,
-    help="With overrides: stop when the effective sample size falls below this share of the tokens.",
+    help="With overrides: stop when the effective sample size falls below this share of tokens.",
 )
 @json_option
 def replay(run_folder: Path, overrides: tuple[str, ...], least_ess: float, as_json: bool) -> None:

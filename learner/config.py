@@ -112,7 +112,7 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
         )
         need(
             self.loss != "ppo" or self.correction == "none",
-            f'correction = "{self.correction}": the ratio of ppo is to the behaviour policy already; '
+            f'correction = "{self.correction}": the ratio of ppo is to the behaviour policy; '
             'take correction = "none", or loss = "decoupled_ppo"',
         )
         need(

@@ -3,8 +3,8 @@ prompt stream.
 
 One turn of `_turn`, for ever:
 
-    receive what has come ─▶ run what the trainer posted ─▶ expire leases ─▶ issue to whoever has credit
-      ─▶ journal.commit()  one fsync for all of it ─▶ send answers and grants ─▶ hand over what is determined
+    receive what has come ─▶ run what the trainer posted ─▶ expire leases ─▶ issue where is credit
+      ─▶ journal.commit(): one fsync for all of it ─▶ send answers and grants ─▶ hand over batches
 
 Nothing leaves this thread (an acknowledgement, a ticket, a batch) before the records behind it are
 durable. The trainer talks to it by `call` (run this between two turns, answer after the commit) and
@@ -107,7 +107,7 @@ class Desk:
         self.version = -1  # newest published
         self.blocked = ""  # why nothing is acknowledged or issued just now
         self.ask = Ask()
-        self._identity = {"run": run_id, "incarnation": incarnation}
+        self._identity: dict[str, Any] = {"run": run_id, "incarnation": incarnation}
         self._digest = digest
         self._vocab_size = vocab_size
         self._journal = journal

@@ -61,11 +61,8 @@ def catch_up(
     says, and compares nothing. Raises JournalError when a step does not come out as it was
     recorded.
     """
-    past = None if from_start else _from_checkpoint(folder, run, config)
-    if past is None:
-        past, start = Past(make_state(run, config), Ledger(), config), None
-    else:
-        past, start = past
+    found = None if from_start else _from_checkpoint(folder, run, config)
+    past, start = found or (Past(make_state(run, config), Ledger(), config), None)
     machine: tuple[str, int, int] | None = _machine(folder.journal)
     for at, record in journal.read(folder.journal, start):
         if isinstance(record, Step) and not _redo(past, record, run, machine, override, on_step):
@@ -103,7 +100,7 @@ def _from_checkpoint(
         fold = Ledger.peek(data)
         end = Position(*fold.end)
         records = journal.read(folder.journal, Position(*fold.oldest))
-        ledger = Ledger.restore(fold, takewhile(lambda pair: pair[0] < end, records))
+        ledger = Ledger.restore(fold, _before(end, records))
         kept = (
             msgspec.convert(ledger.learner_config, LearnerConfig)
             if ledger.learner_config
@@ -111,6 +108,12 @@ def _from_checkpoint(
         )
         return Past(state, ledger, kept), end
     return None
+
+
+def _before(
+    end: Position, records: Iterator[tuple[Position, AnyRecord]]
+) -> Iterator[tuple[Position, AnyRecord]]:
+    return takewhile(lambda pair: pair[0] < end, records)
 
 
 def _redo(
@@ -125,7 +128,8 @@ def _redo(
     if batch is None or (batch.consumed, batch.dropped) != (record.consumed, record.dropped):
         raise JournalError(
             f"step {record.t}: the journal says it trained on tickets {record.consumed[:4]}…, "
-            f"the batch rule gives {batch.consumed[:4] if batch else 'none'}…; the journal was edited or is incomplete"
+            f"the batch rule gives {batch.consumed[:4] if batch else 'none'}…; "
+            "the journal was edited or is incomplete"
         )
     report = train_step(past.state, batch.items, past.config)
     same = override or digest(model.snapshot(past.state.model, run.weights_dtype)) == record.digest
@@ -141,8 +145,9 @@ def _explain(record: Step, state: TrainState, machine: tuple[str, int, int] | No
     here = this_machine()
     if machine == here and next(state.model.parameters()).device.type == "cpu":
         raise JournalError(
-            f"step {record.t} recomputed to other parameters than recorded (same torch {here[0]}, {here[1]} threads): "
-            "the model folder changed, or the journal is another run's"
+            f"step {record.t} recomputed to other parameters than recorded "
+            f"(same torch {here[0]}, {here[1]} threads): the model folder changed, or the journal "
+            "is another run's"
         )
     log.warning(
         "step %d: approximate, not bit-equal (recorded on %s, now %s)", record.t, machine, here

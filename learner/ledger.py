@@ -168,8 +168,8 @@ class Ledger:
     def dump(self, end: Position) -> bytes:
         oldest = min((e.issued_at for e in self.open.values()), default=end)
         fold = Fold(
-            end=tuple(end),
-            oldest=tuple(oldest),
+            end=(end.segment, end.offset),
+            oldest=(oldest.segment, oldest.offset),
             next_id=self.next_id,
             low=self._low,
             closed=sorted(self._closed),
@@ -231,7 +231,7 @@ class Ledger:
         ]
         if missing:
             raise JournalError(
-                f"the journal lacks tickets {missing[:5]} that the checkpoint of step {fold.t} needs"
+                f"the journal lacks tickets {missing[:5]} of the checkpoint of step {fold.t}"
             )
         return self
 

@@ -268,6 +268,6 @@ def check_same_run(folder: RunFolder, run: RunConfig) -> None:
     before = run_digest(msgspec.convert(first.config["run"], RunConfig))
     if before != run_digest(run):
         raise ConfigError(
-            f"{folder.path} was made with another [run] section (digest {before}, now {run_digest(run)}); "
-            "resume with the recipe it was started with, or start a new run"
+            f"{folder.path} was made with another [run] section (digest {before}, now "
+            f"{run_digest(run)}); resume with the recipe it was started with, or start a new run"
         )

@@ -47,9 +47,10 @@ def replay(
         nonlocal equal, stopped
         equal += same and not override
         show(batch.t, report, same)
-        share = report.metrics.get("ess_share", 1.0)
+        share = report.metrics["ess_share"]
+        assert isinstance(share, float)
         if override and share < least_ess:
-            stopped = f"the effective sample size fell to {share:.2f} of the tokens: too far from the recorded policy"
+            stopped = f"the effective sample size fell to {share:.2f}: the policy is too far away"
         return not stopped
 
     past = catch_up(folder, run, config, from_start=True, override=override, on_step=on_step)

@@ -16,6 +16,7 @@ from common.metrics import read as read_metrics
 from common.runfolder import RunFolder
 from common.status import ActorStatus, Heldout, Phase, Status, StatusFile, encode
 from common.versions import Registry
+from common.wire import Group
 from learner.config import LearnerConfig
 from learner.evaluation import Evaluation
 from learner.inbox import Selection
@@ -73,13 +74,13 @@ class Report:
         step_s, self._step_began = now - self._step_began, now
         wait_s, self._wait_s = self._wait_s, 0.0
         self._note_actors(desk)
-        line = {**report.metrics, **_batch_facts(batch), **self._pool(desk)}
+        line: dict[str, Any] = {**report.metrics, **_batch_facts(batch), **self._pool(desk)}
         line |= {
             "seconds": self._seconds(),
             "step_s": step_s,
             "wait_s": wait_s,
             "learner_idle": wait_s / step_s if step_s else 0.0,
-            "tokens_per_s": report.metrics["tokens"] / step_s if step_s else 0.0,
+            "tokens_per_s": line["tokens"] / step_s if step_s else 0.0,
             "actor_idle": 1.0 - self._busy[-1] if self._busy else None,
         }
         for label, point in desk.ledger.evaluations.items():
@@ -288,7 +289,7 @@ def _stale_lengths(batch: Selection) -> dict[str, int]:
     )
 
 
-def _mean_length(group: Any) -> float:
+def _mean_length(group: Group) -> float:
     return sum(r.length for r in group.rollouts) / len(group.rollouts)
 
 

@@ -124,7 +124,8 @@ class _Rows:
             if columns.get(column) in (None, ""):
                 known = ", ".join(sorted(columns))
                 raise DataError(
-                    f"{where}: no column {column!r} (there are: {known}); map it in [learner.prompts]"
+                    f"{where}: no column {column!r} (there are: {known}); "
+                    "map it in [learner.prompts]"
                 )
         text, gold = (str(columns.pop(column)) for column in wanted)
         return Problem(f"{self._path.stem}/{self._first + number}", text, gold, columns)

@@ -63,8 +63,8 @@ class Prompts:
         ids = self._tokenizer(problem.text, add_special_tokens=False)["input_ids"]
         if not 0 < len(ids) <= self._max_prompt:
             raise DataError(
-                f"problem {problem.id}: a prompt of {len(ids)} tokens; the model's context leaves room for "
-                f"1 to {self._max_prompt} beside learner.max_tokens"
+                f"problem {problem.id}: a prompt of {len(ids)} tokens; the model's context leaves "
+                f"room for 1 to {self._max_prompt} beside learner.max_tokens"
             )
         part = GradePart(
             name="correct", grader=self._config.grader, options=self._config.grader_options
