@@ -8,8 +8,8 @@ One message is one ZeroMQ frame, and the journal keeps groups in the very bytes 
 In the header an array stands as a map `{"d": dtype, "o": byte offset into the array part, "n":
 number of elements}` with dtype one of `i4`, `f4`, `u1`; decoding makes read-only views, it copies
 nothing. Everything else is ordinary MessagePack with string keys: any language can write an actor.
-Unknown fields are ignored, so fields can be added without a new PROTOCOL number; a changed meaning
-needs one.
+Fields at their default are left out and unknown ones are ignored, so fields can be added without a
+new PROTOCOL number; a changed meaning needs one.
 
 Facts only: a rollout says which tokens were sampled, with what log-probabilities, temperature and
 weight versions, and how the parts of its reward came out. Advantages, weights and filters are the
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import struct
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import msgspec
@@ -35,11 +36,13 @@ Role = Literal["policy", "tool", "feedback", "hint"]
 Finish = Literal["stop", "length", "aborted"]
 Verdict = Literal["ack", "duplicate", "unknown", "refused"]
 
-_DTYPES = {"i4": np.dtype("<i4"), "f4": np.dtype("<f4"), "u1": np.dtype("u1")}
+_I4, _F4, _U1 = np.dtype("<i4"), np.dtype("<f4"), np.dtype("u1")
+_DTYPES: dict[str, np.dtype[Any]] = {"i4": _I4, "f4": _F4, "u1": _U1}
+_PADDING = [bytes(n) for n in range(8)]
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
-class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to sample. `seed` makes the noise; position and rollout number are mixed in by the
     engine.
     """
@@ -52,7 +55,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
 
 
-class GradePart(msgspec.Struct, frozen=True, kw_only=True):
+class GradePart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One part of the reward: `grader` names the function, `options` its keyword arguments."""
 
     name: str
@@ -60,7 +63,7 @@ class GradePart(msgspec.Struct, frozen=True, kw_only=True):
     options: dict[str, Any] = {}
 
 
-class Grading(msgspec.Struct, frozen=True, kw_only=True):
+class Grading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to grade a response. The first part is the raw correctness."""
 
     gold: str = ""
@@ -68,7 +71,7 @@ class Grading(msgspec.Struct, frozen=True, kw_only=True):
     columns: dict[str, Any] = {}
 
 
-class Ticket(msgspec.Struct, frozen=True, kw_only=True):
+class Ticket(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A request for one group: `n` rollouts of one prompt under one sampling policy."""
 
     id: int
@@ -86,15 +89,15 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     cursor: int = -1  # position in the prompt stream; -1 for a prompt asked again
 
     def __post_init__(self) -> None:
-        _check_array("prompt", self.prompt, "i4")
+        _check_array("prompt", self.prompt, _I4)
 
 
-class Segment(msgspec.Struct, frozen=True, kw_only=True):
+class Segment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A run of tokens with one author. `logps` are behaviour log-probabilities after temperature, 0
     where not sampled.
 
     `spans` is run-length coded weight versions: (index of the first token, version), first index 0,
-    rising. An empty `mask` means: every token of a policy segment is trained on, none of any other.
+    rising. Without a `mask` every token of a policy segment is trained on, none of any other.
     """
 
     role: Role
@@ -103,24 +106,23 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
     spans: tuple[tuple[int, int], ...]
     temperature: float = 1.0
     turn: int = 0
-    mask: np.ndarray = msgspec.field(
-        default_factory=lambda: np.zeros(0, np.uint8)
-    )  # uint8 [T] or [0]
+    mask: np.ndarray | None = None  # uint8 [T]
 
     def __post_init__(self) -> None:
-        _check_array("tokens", self.tokens, "i4")
-        _check_array("logps", self.logps, "f4")
-        _check_array("mask", self.mask, "u1")
+        _check_array("tokens", self.tokens, _I4)
+        _check_array("logps", self.logps, _F4)
+        if self.mask is not None:
+            _check_array("mask", self.mask, _U1)
 
     @property
     def loss_mask(self) -> np.ndarray:
         """Boolean [T]: the tokens to train on."""
-        if self.mask.size:
+        if self.mask is not None:
             return self.mask.astype(bool)
         return np.full(self.tokens.size, self.role == "policy")
 
 
-class Rollout(msgspec.Struct, frozen=True, kw_only=True):
+class Rollout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One response: its segments, how it ended, how it was graded (`parts`: one map a turn)."""
 
     segments: tuple[Segment, ...]
@@ -143,7 +145,7 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
 # ---- actor → learner -----------------------------------------------------------------------------
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type"):
     """Every message says which run, and which life of its learner, it speaks to."""
 
     run: str = ""
@@ -271,21 +273,18 @@ class Codec:
         self.max_bytes = max_bytes
         self._encoder = msgspec.msgpack.Encoder(enc_hook=self._reference)
         self._decoder = msgspec.msgpack.Decoder(union, dec_hook=self._view)
-        self._arrays: list[np.ndarray] = []
+        self._arrays: list[Any] = []  # and the padding between them
         self._offset = 0
-        self._body: memoryview = memoryview(b"")
+        self._body = memoryview(b"")
+        self._views: dict[str, np.ndarray] = {}  # the body of the moment as one array, by dtype
 
     def encode(self, message: msgspec.Struct) -> bytearray:
         self._arrays, self._offset = [], 0
         header = self._encoder.encode(message)
-        start = _aligned(4 + len(header))
-        frame = bytearray(start + self._offset)
-        self._HEADER.pack_into(frame, 0, len(header))
-        frame[4 : 4 + len(header)] = header
-        at = start
-        for array in self._arrays:
-            frame[at : at + array.nbytes] = array.data.cast("B") if array.size else b""
-            at = _aligned(at + array.nbytes)
+        lead = self._HEADER.size + len(header)
+        frame = bytearray().join(
+            (self._HEADER.pack(len(header)), header, _PADDING[-lead % 8], *self._arrays)
+        )
         if len(frame) > self.max_bytes:
             raise WireError(
                 "oversized",
@@ -311,13 +310,15 @@ class Codec:
             raise WireError("malformed", str(error)) from None
         finally:
             self._body = memoryview(b"")
+            self._views.clear()
 
     def _reference(self, value: Any) -> dict[str, Any]:
         if not isinstance(value, np.ndarray):
             raise TypeError(f"{type(value).__name__} cannot be sent")
-        code = _CODES[value.dtype]
-        reference = {"d": code, "o": self._offset, "n": value.size}
-        self._arrays.append(np.ascontiguousarray(value))
+        reference = {"d": _CODES[value.dtype], "o": self._offset, "n": value.size}
+        self._arrays.append(value if value.flags.c_contiguous else np.ascontiguousarray(value))
+        if value.nbytes % 8:
+            self._arrays.append(_PADDING[-value.nbytes % 8])
         self._offset = _aligned(self._offset + value.nbytes)
         return reference
 
@@ -327,17 +328,18 @@ class Codec:
         code, offset, count = value.get("d"), value.get("o"), value.get("n")
         if code not in _DTYPES or type(offset) is not int or type(count) is not int:
             raise ValueError("bad array reference")
-        dtype = _DTYPES[code]
-        if (
-            offset % 8
-            or offset < 0
-            or count < 0
-            or offset + count * dtype.itemsize > self._body.nbytes
-        ):
+        whole = self._views.get(code)
+        if whole is None:
+            whole = self._views[code] = self._whole(_DTYPES[code])
+        first = offset // whole.itemsize
+        if offset % 8 or offset < 0 or count < 0 or first + count > whole.size:
             raise ValueError(
                 f"array [{offset}, +{count} {code}] outside a body of {self._body.nbytes} bytes"
             )
-        return np.frombuffer(self._body, dtype, count, offset)
+        return whole[first : first + count]
+
+    def _whole(self, dtype: np.dtype[Any]) -> np.ndarray:
+        return np.frombuffer(self._body, dtype, self._body.nbytes // dtype.itemsize)
 
 
 def check_group(group: Group, ticket: Ticket, vocab_size: int, clock_version: int) -> None:
@@ -349,58 +351,77 @@ def check_group(group: Group, ticket: Ticket, vocab_size: int, clock_version: in
         raise WireError("mismatch", f"ticket {ticket.id} asks {ticket.kind} {ticket.problem!r}")
     if len(group.rollouts) != ticket.n:
         raise WireError("count", f"{len(group.rollouts)} rollouts for a ticket of {ticket.n}")
-    for rollout in group.rollouts:
-        _check_rollout(rollout, ticket.sampling.max_tokens, clock_version)
     segments = [segment for rollout in group.rollouts for segment in rollout.segments]
-    tokens = np.concatenate([segment.tokens for segment in segments])
-    logps = np.concatenate([segment.logps for segment in segments])
-    if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
+    for rollout in group.rollouts:
+        _check_length(rollout.segments, ticket.sampling.max_tokens)
+    _check_rewards(group.rollouts)
+    _check_spans(segments, clock_version)
+    _check_tokens(np.concatenate([segment.tokens for segment in segments]), vocab_size)
+    _check_logps(np.concatenate([segment.logps for segment in segments]))
+
+
+def _check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
+    most = np.maximum.reduce(tokens.view(np.uint32), initial=0)  # below 0 is far above as unsigned
+    if most >= vocab_size:
         raise WireError("vocabulary", f"a token outside [0, {vocab_size})")
-    least, most = (float(logps.min()), float(logps.max())) if logps.size else (0.0, 0.0)
-    if not math.isfinite(least + most):  # NaN wins both min and max
+
+
+def _check_logps(logps: np.ndarray) -> None:
+    most = np.maximum.reduce(logps, initial=-1.0)  # NaN wins both
+    least = np.minimum.reduce(logps, initial=-1.0)
+    if not math.isfinite(least) or not math.isfinite(most):
         raise WireError("nan", "a log-probability is not finite")
     if most > 1e-3:
         raise WireError("logprob", "a log-probability above 0")
 
 
-def _check_rollout(rollout: Rollout, max_tokens: int, clock_version: int) -> None:
-    if not rollout.segments:
+def _check_rewards(rollouts: tuple[Rollout, ...]) -> None:
+    graded = [rollout for rollout in rollouts if not rollout.error]
+    numbers = [value for r in graded for part in r.parts for value in part.values()]
+    if not all(map(math.isfinite, [*numbers, *[rollout.correct for rollout in graded]])):
+        raise WireError("nan", "a part of the reward is not a number")
+
+
+def _check_length(segments: tuple[Segment, ...], max_tokens: int) -> None:
+    """Of one rollout: arrays of one size, no more sampled tokens than its turns may have."""
+    if not segments:
         raise WireError("empty", "a rollout without a segment")
-    if not rollout.error:
-        numbers = [rollout.correct, *(v for part in rollout.parts for v in part.values())]
-        if not math.isfinite(math.fsum(map(abs, numbers))):
-            raise WireError("nan", "a part of the reward is not a number")
-    sampled = turns = 0
-    for segment in rollout.segments:
-        size = segment.tokens.size
-        turns = max(turns, 1 + segment.turn)
-        sampled += size if segment.role == "policy" else 0
-        if segment.logps.size != size or segment.mask.size not in (0, size):
-            sizes = f"{size} tokens, {segment.logps.size} log-probs, mask of {segment.mask.size}"
+    sampled, turns = 0, 1
+    for segment in segments:
+        size, mask = segment.tokens.size, segment.mask
+        if segment.logps.size != size or (mask is not None and mask.size != size):
+            masked = size if mask is None else mask.size
+            sizes = f"{size} tokens, {segment.logps.size} log-probs, mask of {masked}"
             raise WireError("length", sizes)
         if not 0 < segment.temperature < math.inf:
             raise WireError("temperature", f"{segment.temperature}")
-        _check_spans(segment.spans, size, clock_version)
+        if segment.role == "policy":
+            sampled += size
+        if segment.turn >= turns:
+            turns = segment.turn + 1
     if sampled > max_tokens * turns:
         raise WireError("length", f"{sampled} sampled tokens; the ticket allows {max_tokens}")
 
 
-def _check_spans(spans: tuple[tuple[int, int], ...], size: int, clock_version: int) -> None:
+def _check_spans(segments: list[Segment], clock_version: int) -> None:
     """First token 0, rising, inside the segment; versions between 0 and the newest."""
-    if not spans or spans[0][0] != 0 or spans[-1][0] >= max(size, 1):
-        raise WireError("spans", f"version spans {spans} of {size} tokens")
-    before = -1
-    for first, version in spans:
-        if first <= before:
-            raise WireError("spans", f"version spans {spans} of {size} tokens")
-        if not 0 <= version <= clock_version:
-            raise WireError("version", f"spans {spans}; the newest version is {clock_version}")
-        before = first
+    for segment in segments:
+        spans = segment.spans
+        if not spans or spans[0][0] != 0 or (len(spans) > 1 and not _rise(segment)):
+            raise WireError("spans", f"version spans {spans} of {segment.tokens.size} tokens")
+    versions = [version for segment in segments for _, version in segment.spans]
+    if min(versions) < 0 or max(versions) > clock_version:
+        raise WireError("version", f"{max(versions)}; the newest version is {clock_version}")
 
 
-def _check_array(name: str, array: np.ndarray, code: str) -> None:
-    if array.dtype != _DTYPES[code] or array.ndim != 1:
-        raise ValueError(f"{name} must be a 1-D {code} array, not {array.dtype}")
+def _rise(segment: Segment) -> bool:
+    firsts = [first for first, _ in segment.spans]
+    return firsts[-1] < segment.tokens.size and all(a < b for a, b in pairwise(firsts))
+
+
+def _check_array(name: str, array: np.ndarray, dtype: np.dtype[Any]) -> None:
+    if (array.dtype is not dtype and array.dtype != dtype) or array.ndim != 1:
+        raise ValueError(f"{name} must be a 1-D {dtype} array, not {array.ndim}-D {array.dtype}")
 
 
 def _aligned(offset: int) -> int:
