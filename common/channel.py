@@ -17,7 +17,8 @@ import zmq
 
 from common.errors import ConfigError
 
-HIGH_WATER = 16384  # messages queued a peer; credits bound the work, this a peer that went mad
+HIGH_WATER = 512  # messages queued a peer; credits bound the work, this a peer that went mad
+ANSWERS_HIGH_WATER = 16_384  # to one actor: small ones, at most two for each of its credits
 HEARTBEAT_MS = 2_000
 DEAD_MS = 6_000  # a peer that answered no ZMTP ping for so long is gone
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # fixed by ZeroMQ's RFC 27
@@ -46,6 +47,7 @@ def bind_router(
     socket = context.socket(zmq.ROUTER)
     _configure(socket, max_bytes)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.SNDHWM, ANSWERS_HIGH_WATER)
     try:
         if keys is not None:
             _admit(context, keys.peers)
