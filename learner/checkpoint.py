@@ -45,6 +45,7 @@ def save(folder: Path, state: TrainState, fold: bytes) -> None:
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     contents[_MANIFEST] = json.dumps(digests, indent=1).encode()
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(folder.parent)
     with _aside(folder) as aside:
         for name, data in contents.items():
             _write(aside / name, data)
@@ -152,11 +153,17 @@ def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
 
 
+def _sweep(parent: Path) -> None:
+    """Delete what killed processes left aside; one learner owns the folder, nobody is writing."""
+    for pattern in (".*.tmp", ".*.old"):
+        for left in parent.glob(pattern):
+            shutil.rmtree(left)
+
+
 @contextmanager
 def _aside(folder: Path) -> Iterator[Path]:
     """A fresh folder beside `folder`, gone again unless it was renamed."""
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
         yield aside

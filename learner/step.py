@@ -97,6 +97,7 @@ def train_step(
     first, last = passes[0], passes[-1]
     metrics: Metrics = {"lr": lr, "tokens": float((work.scale > 0).sum()), "grad_norm": norm}
     metrics |= {"loss": last.loss, "entropy_bonus": last.bonus}
+    # ratios of the last update, which moved furthest; the entropy before the first
     metrics |= rollouts_by_lag(work.batch) | by_lag(last.table, config) | forecast
     metrics["entropy"] = _mean_entropy(first.table)
     if config.realised_every and state.t % config.realised_every == 0:

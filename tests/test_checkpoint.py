@@ -108,6 +108,14 @@ def test_saving_again_replaces_it_and_leaves_nothing_aside(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_save_left_aside_is_swept_away_by_the_next(tmp_path: Path) -> None:
+    for name in (".c.999.tmp", ".b.998.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.safetensors").write_bytes(b"half")
+    checkpoint.save(tmp_path / "c", fresh(), FOLD)
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
 def test_a_failed_save_leaves_the_old_one(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "c", trained(1), b"one")
     state = trained(1)

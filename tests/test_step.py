@@ -15,7 +15,7 @@ from learner.config import LearnerConfig
 from learner.model import Policy
 from learner.state import TrainState, state_of
 from learner.step import make_state, train_step
-from tests.builders import make_group, make_rollout, make_ticket, tiny_model
+from tests.builders import make_group, make_rollout, make_segment, make_ticket, tiny_model
 
 
 def a_batch(
@@ -207,6 +207,18 @@ def test_a_gradient_that_is_not_finite_is_refused_and_changes_nothing() -> None:
         train_step(state, a_batch(), settings)
     assert torch.equal(state.masters["model.embed_tokens.weight"], before)
     assert state.t == 0
+
+
+def test_a_batch_without_a_token_to_train_on_changes_nothing() -> None:
+    masked = (make_rollout(0.0, segments=(make_segment([5, 6], mask=[0, 0]),)),) * 2
+    item = Item(make_ticket(), make_group([0, 0], rollouts=masked))
+    for aggregation in ("token_mean", "seq_mean", "constant"):
+        settings = config(aggregation=aggregation, weight_decay=0.0)
+        state = a_state(settings)
+        before = weights(state)
+        report = train_step(state, [item], settings)
+        assert (report.metrics["loss"], report.metrics["grad_norm"]) == (0.0, 0.0)
+        assert weights(state) == before
 
 
 def test_a_huge_gradient_is_clipped_to_its_norm() -> None:
