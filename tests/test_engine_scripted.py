@@ -125,7 +125,7 @@ async def test_closing_wakes_every_caller_with_an_engine_error() -> None:
 
 async def test_it_refuses_what_the_protocol_refuses() -> None:
     engine = ScriptedEngine(FAST, slots=1, max_length=6)
-    with pytest.raises(DataError, match="prefix of 6 tokens.*1 to 5"):
+    with pytest.raises(DataError, match=r"prefix of 6 tokens.*1 to 5"):
         await engine.generate(PREFIX, 1, Sampling())
     with pytest.raises(DataError, match="top_p"):
         await engine.generate(PREFIX[:2], 1, Sampling(top_p=0.9))

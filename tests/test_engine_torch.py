@@ -50,7 +50,9 @@ def new_net(family: str, seed: int) -> Any:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 160,
         }
-        net = LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=rope, tie_word_embeddings=False))
+        net = LlamaForCausalLM(
+            LlamaConfig(**SHAPE, rope_parameters=rope, tie_word_embeddings=False)
+        )
     for name, parameter in net.named_parameters():
         if parameter.ndim == 1:  # biases and norms too, so that one left behind shows
             torch.nn.init.normal_(parameter, float("norm" in name), 0.3)
@@ -100,8 +102,11 @@ def reference(net: Any, prefix: np.ndarray, sample: Sample, temperature: float =
     return logps.gather(1, tokens[len(prefix) :, None])[:, 0].numpy()
 
 
-def mixed_reference(old: Any, new: Any, prefix: np.ndarray, sample: Sample, start: int) -> np.ndarray:
-    """Log-probs by decoding by hand: up to token `start` with `old`, then `new` over the cache of `old`."""
+def mixed_reference(
+    old: Any, new: Any, prefix: np.ndarray, sample: Sample, start: int
+) -> np.ndarray:
+    """Log-probs by decoding by hand: up to token `start` with `old`, then `new` over the cache of
+    `old`."""
     tokens = torch.from_numpy(np.r_[prefix, sample.tokens].astype(np.int64))
     switch = len(prefix) + start - 1  # the first position that the new weights feed
     cache = DynamicCache(config=old.config)
@@ -154,6 +159,25 @@ async def test_the_generic_decode_step_agrees_with_the_fused_one(opened: Open, f
     ):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_allclose(a.logps, b.logps, atol=1e-4)
+
+
+async def test_a_model_with_many_key_heads_attends_head_by_head(tmp_path: Path) -> None:
+    shape = SHAPE | {"num_attention_heads": 24, "num_key_value_heads": 12, "head_dim": 4}
+    net = LlamaForCausalLM(LlamaConfig(**shape)).eval().requires_grad_(False)
+    net.save_pretrained(tmp_path)
+    engine = TorchEngine(tmp_path, slots=4)
+    for sample in await engine.generate(prompt(9), 6, Sampling(max_tokens=40)):
+        np.testing.assert_allclose(sample.logps, reference(net, prompt(9), sample), atol=1e-4)
+    await engine.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_it_decodes_in_bf16(folders: dict[str, Path], family: str) -> None:
+    engine = TorchEngine(folders[family], slots=4, dtype=torch.bfloat16)
+    for sample in await engine.generate(prompt(9), 6, Sampling(max_tokens=40)):
+        error = np.abs(sample.logps - reference(new_net(family, 0), prompt(9), sample))
+        assert error.mean() < 0.1
+    await engine.close()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -236,9 +260,7 @@ async def test_weights_that_do_not_fit_are_refused_and_the_old_version_goes_on(
 ) -> None:
     engine = opened()
     good = weights_of(new_net("qwen2", 1), 3)
-    bad = tuple(
-        t._replace(**changed) if t.name == "model.norm.weight" else t for t in good.tensors
-    )
+    bad = tuple(t._replace(**changed) if t.name == "model.norm.weight" else t for t in good.tensors)
     with pytest.raises(WeightsError, match=message):
         await engine.update_weights(Weights(3, "d", bad))
     (sample,) = await engine.generate(prompt(9), 1, Sampling(max_tokens=20))
@@ -403,7 +425,7 @@ async def test_the_factory_opens_the_shipped_model_by_name() -> None:
 @pytest.mark.parametrize(
     ("actor", "error", "message"),
     [
-        ({"engine": "vllm"}, ConfigError, "needs the vLLM engine"),
+        ({"engine": "vllm"}, ConfigError, "needs a vLLM engine"),
         ({"device": "quantum"}, ConfigError, "actor.device = 'quantum'"),
         ({"max_length": 4096}, DataError, "the model has 128 positions"),
         ({"slots": 1 << 30}, DataError, "GiB: lower actor.slots or actor.max_length"),
@@ -421,14 +443,14 @@ def test_a_model_folder_that_is_not_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no model at"):
         engines.make(RunConfig(model=str(tmp_path)), ActorConfig())
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"')
-    with pytest.raises(DataError, match="config.json"):
+    with pytest.raises(DataError, match=r"config\.json"):
         engines.make(RunConfig(model=str(tmp_path)), ActorConfig())
 
 
 def test_a_model_with_a_sliding_window_is_refused(tmp_path: Path) -> None:
     config = Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=8, max_window_layers=1)
     Qwen2ForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="sliding_attention.*ordinary attention"):
+    with pytest.raises(DataError, match=r"sliding_attention.*ordinary attention"):
         TorchEngine(tmp_path, slots=2)
 
 

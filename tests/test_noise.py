@@ -1,4 +1,5 @@
-"""Noise is a pure function of (seed, rollout, position); draws follow the distribution they are given."""
+"""Noise is a pure function of (seed, rollout, position); draws follow the distribution they are
+given."""
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ def test_a_uniform_depends_on_its_own_seed_rollout_and_position_only() -> None:
     alone = noise.uniform(noise.keys(7, np.array([6])), np.array([33]))
     assert table[6, 33] == alone[0]
     assert len(np.unique(table)) == table.size
-    assert not np.isin(noise.uniform(noise.keys(8, np.arange(10))[:, None], np.arange(50)), table).any()
+    assert not np.isin(
+        noise.uniform(noise.keys(8, np.arange(10))[:, None], np.arange(50)), table
+    ).any()
 
 
 def test_the_noise_of_a_run_is_fixed_for_ever() -> None:
@@ -44,7 +47,9 @@ def test_seeds_that_follow_one_another_do_not_share_rollouts() -> None:
 
 @pytest.mark.parametrize("vocab", [32, 5000, 4097, 10240])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_the_log_probability_is_that_of_the_tempered_softmax(vocab: int, temperature: float) -> None:
+def test_the_log_probability_is_that_of_the_tempered_softmax(
+    vocab: int, temperature: float
+) -> None:
     logits = torch.randn(16, vocab, generator=torch.Generator().manual_seed(0)) * 4
     uniform = torch.linspace(0, 1 - 2**-52, 16, dtype=torch.float64)
     tokens, logps = draw(logits, torch.full((16,), temperature), uniform)

@@ -1,8 +1,8 @@
-"""The running batch: admits continuations, decodes one token of each a step, ends them. Lives in one thread.
+"""The running batch: admits continuations, decodes one token of each a step, ends them.
 
-A continuation enters with its prefix but the last token copied into its row of the cache; the last token of the prefix
-is its first decode step. So one prefill serves all n continuations, several prefixes share one prefill, and no logits
-are kept.
+A continuation enters with its prefix but the last token copied into its row of the cache; the last
+token of the prefix is its first decode step. So one prefill serves all n continuations, several
+prefixes share one prefill, and no logits are kept. All of it lives in one thread.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ _PREFILL_TOKENS = 8192  # of one prefill, pads included (one prefix may be longe
 
 
 def rows_needed(slots: int) -> int:
-    """Rows of the KV cache for `slots` sequences: some more, for prefixes computed ahead of their slots."""
+    """Rows of the KV cache for `slots` sequences: some more, for prefixes computed ahead of their
+    slots."""
     return slots + max(4, slots // 4)
 
 
 class Batch:
-    """`inbox` is the only part that another thread writes to; `tokens` and `rows.count` it may read."""
+    """`inbox` is the only part that another thread writes to; `tokens` and `rows.count` it may
+    read."""
 
     def __init__(self, model: Model, slots: int) -> None:
         self.inbox: deque[Request] = deque()
@@ -72,7 +74,8 @@ class Batch:
 
     @torch.inference_mode()
     def swap(self, staged: Staged) -> float:
-        """Serve `staged` from the next token on; running rows keep their cache. Returns the seconds it took."""
+        """Serve `staged` from the next token on; running rows keep their cache. Returns the seconds
+        it took."""
         started = time.monotonic()
         staged.apply()
         self._model.refresh()
@@ -88,9 +91,7 @@ class Batch:
         rows, device = self.rows, self._model.device
         B = rows.count
         position = rows.position[:B]
-        logits = self._model.decode(
-            _on(device, rows.token[:B]), _on(device, position), rows.cuts()
-        )
+        logits = self._model.decode(_on(device, rows.token[:B]), _on(device, position), rows.cuts())
         uniform = noise.uniform(rows.key[:B], position + 1)
         temperature = rows.temperature[:B]
         warm = None if (temperature == 1.0).all() else _on(device, temperature)
@@ -121,7 +122,8 @@ class Batch:
             self._queue.append(self.inbox.popleft())
 
     def _prefill_ahead(self) -> None:
-        """Prefixes of the first requests in the queue, as many as there are rows for and one pass should take."""
+        """Prefixes of the first requests in the queue, as many as there are rows for and one pass
+        should take."""
         chosen: list[Request] = []
         widest = 0
         for request in self._queue:

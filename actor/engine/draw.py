@@ -14,7 +14,8 @@ _BLOCK = 512  # large vocabularies: pick a block first, then a token of it, both
 def draw(
     logits_BV: torch.Tensor, temperature_B: torch.Tensor | None, uniform_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens int64 [B] and log-probs float32 [B] from `uniform_B` (float64 in [0, 1)); no temperature means 1."""
+    """Tokens int64 [B] and log-probs float32 [B] from `uniform_B` (float64 in [0, 1)); no
+    temperature means 1."""
     scaled_BV = logits_BV.float()
     if temperature_B is not None:
         scaled_BV = scaled_BV / temperature_B[:, None]
@@ -28,14 +29,16 @@ def draw(
 
 
 def _pick(p_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """First index whose cumulative probability exceeds u × total; a token of probability 0 is never it."""
+    """First index whose cumulative probability exceeds u × total; a token of probability 0 is never
+    it."""
     cdf_BV = torch.cumsum(p_BV, -1, dtype=torch.float64)
     index_B = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0]
     return index_B.clamp_(max=p_BV.shape[1] - 1)  # only NaN gets that far; the engine looks for it
 
 
 def _pick_by_block(p_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """The same in two levels: no float64 block of [B, V], and tails are resolved relative to their own block."""
+    """The same in two levels: no float64 block of [B, V], and tails are resolved relative to their
+    own block."""
     B, V = p_BV.shape
     whole = V - V % _BLOCK
     mass_BK = p_BV[:, :whole].reshape(B, -1, _BLOCK).sum(-1)

@@ -1,4 +1,4 @@
-"""A forward pass of few operations for the plain Llama block: RMSNorm, rotary attention, gated SiLU.
+"""Few operations for the plain Llama block: RMSNorm, rotary attention, gated SiLU.
 
 The generic pass spends a good part of its time between the operations. Here query, key and value
 are one matrix product, gate and up another, and rotation works on queries and keys at once. The
@@ -8,6 +8,7 @@ transformers' modules and weight updates see one storage.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -113,7 +114,7 @@ def _joined(parts: list[nn.Linear], packed: bool) -> Linear:
     return Linear(weight, _share(biases) if biases else None, packed)
 
 
-def _share(parts: list[nn.Parameter]) -> torch.Tensor:
+def _share(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """One matrix of all `parts`, which become views of it."""
     whole = torch.cat([part.detach() for part in parts])
     start = 0

@@ -18,22 +18,27 @@ import torch.nn.functional as F
 
 from common.errors import DataError
 
+_MANY_VIEWS = 1024
 _MANY_HEADS = 8  # with more key heads, the block-diagonal products cost more than they save
 
 
+# What a stretch of rows sees, layer by layer: keys [rows, Hk·D, W] and values [rows, W, Hk·D].
+Views = list[tuple[torch.Tensor, torch.Tensor]]
+
+
 class Stretch(NamedTuple):
-    """Rows `first` … `stop` - 1 of a decode step attend to their first `width` positions."""
+    """Rows `first` … `stop` - 1 of a decode step attend to their first W positions."""
 
     first: int
     stop: int
-    width: int
     bias: torch.Tensor  # [rows, 1, W]: 0 where a position is part of the sequence, else -inf
+    views: Views
 
 
 class Place(NamedTuple):
     """Where one forward pass writes, and what it attends to."""
 
-    index: torch.Tensor  # int64 [N]: position p of row r is number r × M + p
+    written: torch.Tensor  # int64 [N]: position p of row r is number r × M + p
     prefix: int = 0  # T of prefixes, each causal within itself; 0: one new token a row …
     stretches: tuple[Stretch, ...] = ()  # … attending to these
 
@@ -52,9 +57,7 @@ class KVCache:
         # Zeros, not empty: masked positions are multiplied by 0, and 0 × NaN would be NaN.
         self.buffer = torch.zeros(layers, rows, length, wide, dtype=dtype, device=device)
         self._flat = [self.buffer[layer].view(rows * length, wide) for layer in range(layers)]
-        half = wide // 2
-        self._keys = [block[:, :, :half].transpose(1, 2) for block in self.buffer]  # [R, Hk·D, M]
-        self._values = [block[:, :, half:] for block in self.buffer]  # [R, M, Hk·D]
+        self._known_views: dict[tuple[int, int, int], Views] = {}
         self._positions = torch.arange(length, device=device)
         self._row_starts = torch.arange(rows, device=device) * length
         self._own_keys = _own_keys(self.heads, self.key_heads).to(device, dtype)
@@ -66,13 +69,14 @@ class KVCache:
     def place_decode(self, position: torch.Tensor, widths: list[tuple[int, int, int]]) -> Place:
         """The next token of row r stands at `position[r]` (int64 [B]).
 
-        `widths` cuts the rows into (first, stop, width): all positions of a cut are below its width.
+        `widths` cuts the rows into (first, stop, width); a cut's positions are below its width.
         """
         stretches = []
         for first, stop, width in widths:
             seen = self._positions[:width] <= position[first:stop, None]
             bias = torch.where(seen, 0.0, -torch.inf).to(self.buffer.dtype)
-            stretches.append(Stretch(first, stop, width, bias[:, None]))
+            views = self._views(first, stop, width)
+            stretches.append(Stretch(first, stop, bias[:, None], views))
         index = self._row_starts[: len(position)] + position
         return Place(index, stretches=tuple(stretches))
 
@@ -84,7 +88,7 @@ class KVCache:
 
     def keep(self, layer: int, kv: torch.Tensor) -> None:
         """Write the keys and values `kv` [N, 2·Hk·D] of this pass."""
-        self._flat[layer].index_copy_(0, self.place.index, kv)
+        self._flat[layer].index_copy_(0, self.place.written, kv)
 
     def attend(self, layer: int, q: torch.Tensor, kv: torch.Tensor, scale: float) -> torch.Tensor:
         """Keep `kv` [N, 2·Hk·D] and attend with `q` [N, H, D]; returns [N, H·D]."""
@@ -102,24 +106,23 @@ class KVCache:
         scaled_dot_product_attention at 128 rows of 4 heads, for Hk times the arithmetic.
         """
         B, H, D = q.shape
-        keys, values = self._keys[layer], self._values[layer]
         queries = (q[:, :, None] * self._own_keys).view(B, H, -1)
         mixed = torch.empty_like(queries)
-        for first, stop, width, bias in self.place.stretches:
-            seen = keys[first:stop, :, :width]
-            scores = torch.baddbmm(bias, queries[first:stop], seen, alpha=scale)
-            torch.bmm(scores.softmax(-1), values[first:stop, :width], out=mixed[first:stop])
+        for first, stop, bias, views in self.place.stretches:
+            keys, values = views[layer]
+            scores = torch.baddbmm(bias, queries[first:stop], keys, alpha=scale)
+            torch.bmm(scores.softmax(-1), values, out=mixed[first:stop])
         own = mixed.view(B, self.key_heads, H // self.key_heads, self.key_heads, D)
         return own.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(B, H * D)
 
     def _attend_heads(self, layer: int, q: torch.Tensor, scale: float) -> torch.Tensor:
         cuts = []
-        for first, stop, width, bias in self.place.stretches:
-            keys, values = self._split(self.buffer[layer, first:stop, :width])
+        for first, stop, bias, views in self.place.stretches:
+            keys, values = views[layer]
             mixed = F.scaled_dot_product_attention(
                 q[first:stop, :, None],
-                keys,
-                values,
+                self._by_head(keys.transpose(1, 2)),
+                self._by_head(values),
                 bias[:, None],
                 scale=scale,
                 enable_gqa=self._grouped,
@@ -129,21 +132,38 @@ class KVCache:
 
     def _attend_prefix(self, q: torch.Tensor, kv: torch.Tensor, scale: float) -> torch.Tensor:
         T = self.place.prefix
-        keys, values = self._split(kv.view(-1, T, kv.shape[1]))
+        both = kv.view(-1, T, kv.shape[1])
+        keys, values = both.chunk(2, -1)
         queries = q.view(-1, T, self.heads, self.head_size).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, scale=scale, enable_gqa=self._grouped
+            queries,
+            self._by_head(keys),
+            self._by_head(values),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=self._grouped,
         )
         return mixed.transpose(1, 2).reshape(len(q), -1)
 
     @property
     def _grouped(self) -> bool:
-        return self.heads != self.key_heads
+        return bool(self.heads != self.key_heads)
 
-    def _split(self, kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views [B, Hk, T, D] of the keys and of the values in `kv` [B, T, 2·Hk·D]."""
-        both = kv.view(*kv.shape[:2], 2, self.key_heads, self.head_size).permute(2, 0, 3, 1, 4)
-        return both[0], both[1]
+    def _by_head(self, x: torch.Tensor) -> torch.Tensor:
+        """A view [B, Hk, T, D] of `x` [B, T, Hk·D]."""
+        return x.view(*x.shape[:2], self.key_heads, self.head_size).transpose(1, 2)
+
+    def _views(self, first: int, stop: int, width: int) -> Views:
+        """What a stretch sees of each layer: made once, as making views costs like small
+        products."""
+        views = self._known_views.get((first, stop, width))
+        if views is None:
+            if len(self._known_views) >= _MANY_VIEWS:
+                self._known_views.clear()
+            seen = [block[first:stop, :width].chunk(2, -1) for block in self.buffer]
+            views = [(keys.transpose(1, 2), values) for keys, values in seen]
+            self._known_views[first, stop, width] = views
+        return views
 
 
 def _own_keys(heads: int, key_heads: int) -> torch.Tensor:

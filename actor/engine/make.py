@@ -1,4 +1,5 @@
-"""The engine that the recipe asks for. Only the chosen one is imported: torch takes seconds, vLLM takes many."""
+"""The engine that the recipe asks for. Only the chosen one is imported: torch takes seconds, vLLM
+takes many."""
 
 from __future__ import annotations
 
@@ -10,14 +11,15 @@ from common.errors import ConfigError
 
 
 def make(run: RunConfig, actor: ActorConfig) -> Engine:
-    """Raises ConfigError for an engine that cannot be had here, DataError for a model that it cannot serve."""
+    """Raises ConfigError for an engine that cannot be had here, DataError for a model that it
+    cannot serve."""
     if actor.engine == "scripted":
         from actor.engine.scripted import ScriptedEngine
 
         return ScriptedEngine(actor.scripted, slots=actor.slots, max_length=actor.max_length)
     if actor.engine == "vllm":
         raise ConfigError(
-            'engine "vllm" needs the vLLM engine, which this build lacks: set actor.engine = "torch"'
+            'engine "vllm" needs a vLLM engine, which this build lacks: set engine = "torch"'
         )
     folder = models.find(run.model)
     from actor.engine import model

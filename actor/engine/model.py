@@ -87,7 +87,9 @@ class Model:
             logits = self.decode(tokens[-1:], position, [(0, 1, len(tokens))])[0].float()
             if float((logits - expected).abs().max()) <= tolerance:
                 return self._forward
-        raise DataError(f"{type(net).__name__}: decoding with a KV cache disagrees with its forward")
+        raise DataError(
+            f"{type(net).__name__}: decoding with a KV cache disagrees with its forward"
+        )
 
     def refresh(self) -> None:
         """To be called after `parameters` have changed."""
@@ -115,7 +117,8 @@ class Model:
 
 
 def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    transformers_logging.disable_progress_bar()  # our own display owns the terminal
+    # Our own display owns the terminal.
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         net: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:

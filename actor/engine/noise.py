@@ -1,8 +1,8 @@
-"""Sampling noise as a pure function of (seed, rollout, position): no state, no order, no neighbours.
+"""Sampling noise as a pure function of (seed, rollout, position): no state, no neighbours.
 
-The counter-based generator is SplitMix64's finaliser (Steele, Lea, Flood 2014) over keys that are themselves hashed,
-so neighbouring seeds, rollouts and positions are unrelated. 52 bits are kept: a uniform u times any float64 total
-stays strictly below that total, which the inverse CDF relies on.
+The counter-based generator is SplitMix64's finaliser (Steele, Lea, Flood 2014) over keys that are
+themselves hashed, so neighbouring seeds, rollouts and positions are unrelated. 52 bits are kept: a
+uniform u times any float64 total stays strictly below that total, which the inverse CDF relies on.
 """
 
 from __future__ import annotations

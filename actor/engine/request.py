@@ -1,4 +1,5 @@
-"""One call of `generate` while it is under way, and what both engines do alike: checks and version spans."""
+"""One call of `generate` while it is under way, and what both engines do alike: checks and version
+spans."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ def check(prefix: np.ndarray, n: int, sampling: Sampling, vocab_size: int, max_l
     """The number of tokens a continuation may have; raises DataError for what cannot be sampled."""
     if not 1 <= prefix.size < max_length:
         raise DataError(
-            f"a prefix of {prefix.size} tokens: the engine takes 1 to {max_length - 1} (actor.max_length)"
+            f"a prefix of {prefix.size} tokens: the engine takes 1 to {max_length - 1} "
+            "(actor.max_length)"
         )
     if int(prefix.min()) < 0 or int(prefix.max()) >= vocab_size:
         raise DataError(f"the prefix has a token outside the model's vocabulary [0, {vocab_size})")
@@ -80,8 +82,8 @@ def check(prefix: np.ndarray, n: int, sampling: Sampling, vocab_size: int, max_l
         raise DataError(f"temperature {sampling.temperature}: it must be above 0")
     if sampling.top_p != 1.0 or sampling.top_k != 0:
         raise DataError(
-            f"top_p = {sampling.top_p}, top_k = {sampling.top_k}: the log-probabilities of a truncated distribution "
-            "are not the policy's; use top_p = 1 and top_k = 0"
+            f"top_p = {sampling.top_p}, top_k = {sampling.top_k}: the log-probabilities of a "
+            "truncated distribution are not the policy's; use top_p = 1 and top_k = 0"
         )
     return min(sampling.max_tokens, max_length - prefix.size)
 

@@ -1,8 +1,8 @@
-"""The sequences being decoded: row i of every array and row i of the KV cache belong to one continuation.
+"""The sequences being decoded: row i of every array and of the KV cache is one continuation.
 
 Rows 0 … count - 1 are in use: a step never computes an empty row. They stay roughly sorted, oldest
-first, in chunks: when a row ends, the oldest row of the next chunk takes its place, and so on to the
-end. So attention can stop early for the young chunks; on a CPU its cost is the memory it reads.
+first, in chunks: when a row ends, the oldest row of the next chunk takes its place, and so on to
+the end. So attention can stop early for the young chunks; on a CPU its cost is what it reads.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import numpy as np
 from actor.engine.base import Sample
 from actor.engine.request import Request, Spans, closed, mark_swap
 from common.wire import Finish
-
 
 _WIDTH_STEP = 16  # attended positions are rounded up to a multiple
 
@@ -36,7 +35,8 @@ class Rows:
         self._all = np.arange(slots)
 
     def add(self, request: Request, version: int) -> int:
-        """Start the next continuation of `request` after the last token of its prefix; returns the row."""
+        """Start the next continuation of `request` after the last token of its prefix; returns the
+        row."""
         row, index = self.count, request.placed
         self.requests.append(request)
         self._index.append(index)
@@ -76,7 +76,8 @@ class Rows:
         return cuts
 
     def remove(self, row: int, finish: Finish) -> list[tuple[int, int]]:
-        """End `row` and give its request the sample; returns how rows moved, (from, to) in order."""
+        """End `row` and give its request the sample; returns how rows moved, (from, to) in
+        order."""
         size = int(self._size[row])
         spans = closed(self._spans[row], size)
         tokens, logps = self._tokens[row, :size].copy(), self._logps[row, :size].copy()

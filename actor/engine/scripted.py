@@ -1,9 +1,10 @@
-"""An engine without a model: tokens and log-probabilities out of a hash, latencies out of a clock.
+"""An engine without a model: tokens and log-probs out of a hash, latencies out of a clock.
 
-It ships: tests, chaos runs and simulations of a thousand actors use it where a model would only cost time. What it
-samples is a pure function of (seed, rollout, position, version); how long a continuation becomes, of (seed, rollout).
-When each token comes follows from the model of time, so which version a token is from depends on when a swap came,
-as it does in a real engine. One continuation costs one sleep, whatever its length.
+It ships: tests, chaos runs and simulations of a thousand actors use it where a model would only
+cost time. What it samples is a pure function of (seed, rollout, position, version); how long a
+continuation becomes, of (seed, rollout). When each token comes follows from the model of time, so
+which version a token is from depends on when a swap came, as it does in a real engine. One
+continuation costs one sleep, whatever its length.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _MAX_LENGTH = 1 << 16
 
 
 class _Running:
-    """A continuation that has a slot: since when (loop time), and which versions its tokens come from."""
+    """A continuation that has a slot: since when (loop time), and which versions its tokens come
+    from."""
 
     def __init__(self, started: float, version: int) -> None:
         self.started = started
@@ -82,7 +84,8 @@ class ScriptedEngine:
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._closed is not None and task is not None and not task.cancelling():
-                raise self._closed from None  # close() cancelled the continuations, nobody cancelled the caller
+                # close() cancelled the continuations, nobody cancelled the caller
+                raise self._closed from None
             raise
         finally:
             self._calls.discard(call)
@@ -151,7 +154,8 @@ class ScriptedEngine:
         return self._sample(key, prefix, sampling, size, finish, running.spans)
 
     def _outcome(self, key: np.ndarray, sampling: Sampling, limit: int) -> tuple[int, Finish]:
-        """Log-normal length with the configured mean; without a stop token only the limit ends a continuation."""
+        """Log-normal length with the configured mean; without a stop token only the limit ends a
+        continuation."""
         radius, angle = noise.uniform(key ^ _LENGTH, np.arange(2))
         normal = math.sqrt(-2.0 * math.log1p(-radius)) * math.cos(2.0 * math.pi * angle)
         sigma = self._config.length_sigma

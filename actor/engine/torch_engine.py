@@ -1,16 +1,16 @@
-"""The embedded engine: continuous batching of a transformers model over one KV cache, on CPU or GPU.
+"""The embedded engine: continuous batching of a transformers model, on CPU or GPU.
 
-    generate() ─▶ inbox ─▶ queue ─▶ a row of the batch ─▶ … one token a step … ─▶ sample ─▶ request.done
-    update_weights() ─▶ staged beside the decoding ─▶ copied between two steps, rows and cache stay
+    generate() ─▶ inbox ─▶ queue ─▶ a row of the batch ─▶ … a token a step … ─▶ sample ─▶ done
+    update_weights() ─▶ staged beside the decoding ─▶ copied between two steps; rows, cache stay
 
-The event loop owns requests and futures; everything else belongs to one worker thread, in hops of some 20 ms. Between
-two hops `_drive` delivers what ended and hands over a staged swap. What is waited for: `_drive` waits for `_wake`
-(generate, update_weights and close set it), generate for its request, update_weights for its swap; all of them end
-when the engine closes or breaks.
+The event loop owns requests and futures; everything else belongs to one worker thread, in hops of
+some 20 ms. Between two hops `_drive` delivers what ended and hands over a staged swap. What is
+waited for: `_drive` waits for `_wake` (generate, update_weights and close set it), generate for its
+request, update_weights for its swap; all of them end when the engine closes or breaks.
 
-The same prefix under the same weights and seed samples the same tokens whatever runs beside it, as far as matrix
-products of different batch sizes agree: their last bits may differ, so a draw that falls within about 1e-6 of the
-border between two tokens may come out either way.
+The same prefix under the same weights and seed samples the same tokens whatever runs beside it, as
+far as matrix products of different batch sizes agree: their last bits may differ, so a draw within
+about 1e-6 of the border between two tokens may come out either way.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class TorchEngine:
         threads: int = 0,
         fused_decode: bool = True,
     ) -> None:
-        """Load the model of `folder` (base version 0). Raises DataError when it cannot be served."""
+        """Load the model of `folder` (base version 0). Raises DataError when it cannot be
+        served."""
         if threads:
             torch.set_num_threads(threads)
         self._model = Model(
@@ -149,9 +150,10 @@ class TorchEngine:
         run = asyncio.get_running_loop().run_in_executor
         while self._broken is None:
             if self._swap is not None:
-                staged, done = self._swap
+                swap = staged, done = self._swap
                 self._pause_s += await run(self._pool, self._batch.swap, staged)
-                self._swap = None
+                if self._swap is swap:  # else its caller was cancelled and another came
+                    self._swap = None
                 if not done.done():
                     done.set_result(None)
             elif not self._batch.idle:
@@ -166,7 +168,8 @@ class TorchEngine:
             self._wake.clear()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """The drive task is over: by close, or since the worker raised; then everyone who waits hears of it."""
+        """The drive task is over: by close, or since the worker raised; then everyone who waits
+        hears of it."""
         error = None if task.cancelled() else task.exception()
         if error is not None:
             self._broken = EngineError(f"the torch engine broke: {type(error).__name__}: {error}")

@@ -1,4 +1,5 @@
-"""A weight version becomes tensors of the model: checked, converted and staged first, copied under the pause."""
+"""A weight version becomes tensors of the model: checked, converted and staged first, copied under
+the pause."""
 
 from __future__ import annotations
 
@@ -15,20 +16,22 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 class Staged:
-    """Tensors of one version on the model's device and in its dtype, each beside the parameter it replaces."""
+    """Tensors of one version on the model's device and in its dtype, each beside the parameter it
+    replaces."""
 
     def __init__(
         self, weights: Weights, parameters: Mapping[str, torch.Tensor], trained: frozenset[str]
     ) -> None:
         """Raises WeightsError when `weights` does not fit, or lacks a tensor of `trained`.
 
-        `trained` are the names that an earlier version brought: without them the model would be a mixture.
+        `trained` are the names that an earlier version brought: without them the model would be a
+        mixture of two versions.
         """
         self.version = weights.version
         self.names = frozenset(tensor.name for tensor in weights.tensors)
         if lost := sorted(trained - self.names):
             raise WeightsError(
-                f"version {weights.version} lacks {lost[0]!r}, which the version served now has trained"
+                f"version {weights.version} lacks {lost[0]!r}, which the version served now has"
             )
         for tensor in weights.tensors:
             _check(tensor, weights.version, parameters)
@@ -60,7 +63,8 @@ def _check(tensor: Tensor, version: int, parameters: Mapping[str, torch.Tensor])
 
 
 def _tensor(tensor: Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A copy of the bytes as a tensor like `parameter`: the sender's buffer may go away before the swap."""
+    """A copy of the bytes as a tensor like `parameter`: the sender's buffer may go away before the
+    swap."""
     raw = torch.empty(tensor.data.nbytes, dtype=torch.uint8)
     raw.numpy()[:] = np.frombuffer(
         tensor.data, np.uint8
