@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -43,8 +45,30 @@ class DiskFull(JournalError):
     """Nothing is lost: what was appended is still pending, and a later commit may succeed."""
 
 
+@dataclass(slots=True)
+class _Batch:
+    """Bytes to be written at one place: what one commit makes durable in one segment."""
+
+    number: int  # of the segment
+    start: int  # offset of its first byte
+    size: int = 0
+    pieces: list[Bytes] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        return self.start + self.size
+
+    def add(self, pieces: Sequence[Bytes]) -> None:
+        self.pieces += pieces
+        self.size += sum(map(len, pieces))
+
+
 class Journal:
-    """The one writer. Opens no file before the first commit."""
+    """The one writer. Opens no file before the first commit.
+
+    One thread appends. Another one may `commit` meanwhile: what is appended after a commit began
+    belongs to the next.
+    """
 
     def __init__(self, folder: Path, incarnation: int, segment_bytes: int = 64 << 20) -> None:
         newest = max((incarnation_of(path.stem) for path in segments(folder)), default=0)
@@ -58,22 +82,21 @@ class Journal:
         self._codec = record_codec()
         self._broken = ""  # why no later call may succeed
         self._fd: int | None = None
-        self._number = 0
-        self._written = 0  # bytes of the segment that are durable
-        self._pending: list[Bytes] = [MAGIC]
-        self._pending_bytes = len(MAGIC)
+        self._number = -1  # of the segment that is open
+        self._lock = threading.Lock()  # for the list of batches and the last of them
+        self._pending = [_beginning(0)]  # all but the last have been tried, and met a full disk
+        self._last = self._pending[0]  # it grows, or is being written
 
     def append(self, record: AnyRecord) -> Position:
         """Queue a record for the next commit. An Admit's frame is kept by reference until then."""
         self._check()
-        if not self._pending and self._written >= self.segment_bytes:
-            self._roll()
-        start = self.end()
-        if (self._number, start.offset) == (0, len(MAGIC)):
-            assert isinstance(record, Open), "the first record of an incarnation is its Open"
         pieces = encode(record, self._codec)
-        self._pending += pieces
-        self._pending_bytes += sum(map(len, pieces))
+        with self._lock:
+            batch = self._growing()
+            start = Position(self._name(batch.number), batch.end)
+            batch.add(pieces)
+        if start == Position(self._name(0), len(MAGIC)):
+            assert isinstance(record, Open), "the first record of an incarnation is its Open"
         return start
 
     def commit(self) -> None:
@@ -82,24 +105,20 @@ class Journal:
         Raises DiskFull, after which it may be called again, or a JournalError that is final.
         """
         self._check()
-        if not self._pending:
-            return
-        if self._fd is None:
-            self._fd = self._create()
-        self._write(self._fd)
+        with self._lock:
+            batches, self._pending = self._pending, []
         try:
-            _sync(self._fd)
-        except OSError as error:
-            # the kernel may have dropped the pages: a second fsync could bless bytes that are gone
-            self._fail(
-                f"fsync failed ({error.strerror}); restart the learner once the disk is sound"
-            )
-        self._written += self._pending_bytes
-        self._pending, self._pending_bytes = [], 0
+            while batches:
+                self._write(batches[0])
+                del batches[0]
+        finally:
+            with self._lock:
+                self._pending[:0] = batches
 
     def end(self) -> Position:
         """Where the next record starts."""
-        return Position(self._name, self._written + self._pending_bytes)
+        with self._lock:
+            return Position(self._name(self._last.number), self._last.end)
 
     def prune(self, oldest: Position) -> None:
         """Delete the segments that end before `oldest`, the oldest first."""
@@ -114,22 +133,32 @@ class Journal:
         self._broken = self._broken or "it is closed"
         self._close_segment()
 
-    @property
-    def _name(self) -> str:
-        return f"{self.incarnation:06d}-{self._number:06d}"
+    def _name(self, number: int) -> str:
+        return f"{self.incarnation:06d}-{number:06d}"
 
-    def _roll(self) -> None:
-        self._close_segment()
-        self._number, self._written = self._number + 1, 0
-        self._pending, self._pending_bytes = [MAGIC], len(MAGIC)
+    def _growing(self) -> _Batch:
+        """The batch for the next record; a new one once the last is on its way to the disk."""
+        last = self._last
+        if not self._pending or self._pending[-1] is not last:
+            full = last.end >= self.segment_bytes
+            self._last = _beginning(last.number + 1) if full else _Batch(last.number, last.end)
+            self._pending.append(self._last)
+        return self._last
 
     def _close_segment(self) -> None:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
 
-    def _create(self) -> int:
-        path = self.folder / f"{self._name}.journal"
+    def _segment(self, number: int) -> int:
+        """The open file of segment `number`, which is the last one or a new one."""
+        if self._fd is None or number != self._number:
+            self._close_segment()
+            self._fd, self._number = self._create(self._name(number)), number
+        return self._fd
+
+    def _create(self, name: str) -> int:
+        path = self.folder / f"{name}.journal"
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             sync_folder(self.folder)
@@ -139,26 +168,36 @@ class Journal:
             self._fail(f"cannot create {path} ({error.strerror})")
         return fd
 
-    def _write(self, fd: int) -> None:
-        """All pending bytes behind the durable ones; a full disk leaves the segment as it was."""
-        at = self._written
+    def _write(self, batch: _Batch) -> None:
+        """A batch behind what is durable; a full disk leaves the segment as it was."""
+        fd, at = self._segment(batch.number), batch.start
         try:
-            for first in range(0, len(self._pending), _IOV_MAX):
-                at = _write_all(fd, self._pending[first : first + _IOV_MAX], at)
+            for first in range(0, len(batch.pieces), _IOV_MAX):
+                at = _write_all(fd, batch.pieces[first : first + _IOV_MAX], at)
         except OSError as error:
             if error.errno not in _NO_SPACE:
                 self._fail(
                     f"write failed ({error.strerror}); restart the learner once the disk is sound"
                 )
-            self._cut_back(fd)
+            self._cut_back(fd, batch.start)
             raise DiskFull(
-                f"no space for {self._pending_bytes} bytes of journal in {self.folder}; "
+                f"no space for {batch.size} bytes of journal in {self.folder}; "
                 "free some, nothing is lost"
             ) from None
+        self._sync(fd)
 
-    def _cut_back(self, fd: int) -> None:
+    def _sync(self, fd: int) -> None:
         try:
-            os.ftruncate(fd, self._written)
+            _sync(fd)
+        except OSError as error:
+            # the kernel may have dropped the pages: a second fsync could bless bytes that are gone
+            self._fail(
+                f"fsync failed ({error.strerror}); restart the learner once the disk is sound"
+            )
+
+    def _cut_back(self, fd: int, length: int) -> None:
+        try:
+            os.ftruncate(fd, length)
         except OSError as error:
             self._fail(f"half-written records could not be cut off ({error.strerror})")
 
@@ -169,6 +208,11 @@ class Journal:
     def _fail(self, why: str) -> NoReturn:
         self._broken = why
         raise JournalError(f"the journal {self.folder} can not be written any more: {why}")
+
+
+def _beginning(number: int) -> _Batch:
+    """Of a new segment."""
+    return _Batch(number, 0, len(MAGIC), [MAGIC])
 
 
 def read(folder: Path, start: Position | None = None) -> Iterator[tuple[Position, AnyRecord]]:
