@@ -121,13 +121,14 @@ class Desk:
         )
 
     def settle(self, answer: Answer) -> None:
-        """Whatever the verdict is, this copy has done its duty."""
-        if self.owed.pop(answer.ticket, None) is None:
-            self.counts["answered_again"] += 1
-            return
-        self.counts[answer.verdict] += 1
-        if answer.verdict == "refused":
-            log.warning("ticket %d: result refused: %s", answer.ticket, answer.reason)
+        """Whatever the verdict is, these copies have done their duty."""
+        for ticket in (answer.ticket, *answer.also):
+            if self.owed.pop(ticket, None) is None:
+                self.counts["answered_again"] += 1
+                continue
+            self.counts[answer.verdict] += 1
+            if answer.verdict == "refused":
+                log.warning("ticket %d: result refused: %s", ticket, answer.reason)
         self._tidy()
 
     def drop(self, tickets: Iterable[int], counter: str = "forgotten") -> None:

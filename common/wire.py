@@ -242,11 +242,14 @@ class Grant(Message, frozen=True, kw_only=True, tag="grant"):
 
 
 class Answer(Message, frozen=True, kw_only=True, tag="answer"):
-    """The verdict on one result; whichever it is, the actor frees its copy."""
+    """The verdict on one result, and on those of the tickets in `also`; whichever it is, the actor
+    frees its copies.
+    """
 
     ticket: int
     verdict: Verdict
     reason: str = ""
+    also: tuple[int, ...] = ()
 
 
 class Drain(Message, frozen=True, kw_only=True, tag="drain"):

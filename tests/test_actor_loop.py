@@ -68,6 +68,18 @@ async def test_every_verdict_frees_the_copy(stage: Stage, verdict: wire.Verdict)
     assert desk.counts[verdict] == 1
 
 
+async def test_one_answer_frees_the_copies_of_many_results(stage: Stage) -> None:
+    desk, learner = stage.start(), stage.learner
+    await learner.welcome()
+    for id_ in (1, 2, 3):
+        await learner.grant(id_)
+    for _ in range(3):
+        await learner.receive(Group)
+    await learner.send(Answer(ticket=2, verdict="ack", also=(1, 3)))
+    await asyncio.wait_for(desk.settled.wait(), 5)
+    assert desk.counts["ack"] == 3
+
+
 async def test_an_unacknowledged_result_is_sent_again_after_a_reconnect(stage: Stage) -> None:
     desk, learner = stage.start(), stage.learner
     await learner.welcome()
