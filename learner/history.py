@@ -131,6 +131,7 @@ def _redo(
             f"the batch rule gives {batch.consumed[:4] if batch else 'none'}…; "
             "the journal was edited or is incomplete"
         )
+    log.info("catching up: step %d again, from the journal", record.t + 1)
     report = train_step(past.state, batch.items, past.config)
     same = override or digest(model.snapshot(past.state.model, run.weights_dtype)) == record.digest
     past.recomputed += 1

@@ -171,6 +171,7 @@ def _checkpoint(it: Learner) -> None:
 def _wire(run: RunConfig, config: LearnerConfig, folder: RunFolder, stack: ExitStack) -> Learner:
     incarnation = folder.claim()
     stack.callback(folder.release)
+    source = open_source(config.prompts, run.seed)
     network, tokenizer = model.load(run, config)
     context: zmq.Context[Any] = stack.enter_context(zmq.Context())
     socket, endpoint = channel.bind_router(context, run.learner, max_bytes=run.max_frame_mb << 20)
@@ -193,7 +194,7 @@ def _wire(run: RunConfig, config: LearnerConfig, folder: RunFolder, stack: ExitS
         registry, open_store(run.store, registry), incarnation, config.keep_versions, fail
     )
     prompts = Prompts(
-        open_source(config.prompts, run.seed),
+        source,
         config.prompts,
         tokenizer,
         model.stop_ids(network, tokenizer),
