@@ -15,7 +15,9 @@ until a commit succeeds; pulses go on.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -29,7 +31,7 @@ import zmq
 from common import wire
 from common.errors import WireError
 from common.failpoints import Failpoint
-from common.journal import DiskFull, Journal, Position
+from common.journal import Journal, Position
 from common.records import Admit, AnyRecord, Drop, Finish, Issue, Step
 from common.wire import (
     Answer,
@@ -49,12 +51,14 @@ from learner.config import LearnerConfig
 from learner.inbox import Selection, fate, select
 from learner.leases import Leases, Peer
 from learner.ledger import Ledger
+from learner.outbox import Outbox
 from learner.prompts.stream import Draft, Prompts
 
 log = logging.getLogger("isentrope.desk")
 T = TypeVar("T")
 
-DRAIN_MESSAGES = 512  # at most so many messages a turn, so that commits stay frequent
+DRAIN_MESSAGES = 64  # at most so many messages a turn, so that commits stay frequent
+COPIED_BYTES = 8192  # ZeroMQ reads so many at once; a view of a smaller message would hold them all
 TURN_MS = 200  # a turn comes at least so often, for leases and pulses
 STOOD_STILL_S = 2.0  # a longer gap between two turns means that this process itself was stopped
 
@@ -105,7 +109,6 @@ class Desk:
         self.actors: dict[Peer, Actor] = {}
         self.counts: Counter[str] = Counter()  # refused messages by reason, verdicts, lost actors
         self.version = -1  # newest published
-        self.blocked = ""  # why nothing is acknowledged or issued just now
         self.ask = Ask()
         self._identity: dict[str, Any] = {"run": run_id, "incarnation": incarnation}
         self._digest = digest
@@ -119,22 +122,31 @@ class Desk:
         self._socket = socket
         self._quarantined: set[str] = set()
         self._evals: deque[tuple[str, Draft, int]] = deque()  # label, problem, min_version
-        self._outgoing: list[tuple[Peer, wire.Message]] = []
-        self._uncommitted = 0
-        self._issued_now = self._admitted_now = 0
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._looks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._called: list[tuple[Future[Any], Any]] = []
         self._waits: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._issuing = True
         self._last_turn = self._last_pulse = time.monotonic()
-        self._wake_in, self._wake_out = _wake_pair(socket.context)
+        self._bell = Bell()
+        self._outbox = Outbox(
+            socket,
+            journal,
+            self._identity,
+            failpoint,
+            lost=lambda peer: self._forget(peer, "infra"),
+            wake=self._bell.ring,
+        )
         self._stop = threading.Event()
         self._death: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="desk", daemon=True)
         self._thread.start()
 
     # ---- for the trainer's thread ----------------------------------------------------------------
+
+    @property
+    def blocked(self) -> str:
+        """Why nothing is acknowledged or issued just now, "" when nothing is in the way."""
+        return self._outbox.blocked
 
     def call(self, function: Callable[[], T]) -> T:
         """Run `function` between two turns; its value once everything it journaled is durable."""
@@ -217,19 +229,16 @@ class Desk:
 
     def close(self) -> None:
         self._stop.set()
-        self._wake()
+        self._bell.ring()
         self._thread.join(10.0)
-        for socket in (self._wake_in, self._wake_out, self._socket):
-            socket.close(linger=0)
+        self._socket.close(linger=0)
+        self._bell.close()
 
     def _post(self, queue: Any, function: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
         queue.append((function, future))
-        self._wake()
+        self._bell.ring()
         return future
-
-    def _wake(self) -> None:
-        self._wake_in.send(b"", zmq.NOBLOCK)
 
     def _check_alive(self) -> None:
         if self._death is not None:
@@ -239,61 +248,57 @@ class Desk:
     # ---- the desk's thread -----------------------------------------------------------------------
 
     def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._wake_out, zmq.POLLIN)
         try:
             while not self._stop.is_set():
-                self._turn(poller)
+                self._turn()
+            self._outbox.close()
         except BaseException as error:
             self._death = error
-            for future, _ in self._called:
-                future.set_exception(error)
+            self._outbox.abandon(error)
             for _, future in [*self._calls, *self._looks, *self._waits]:
                 if future.set_running_or_notify_cancel():
                     future.set_exception(error)
             if not isinstance(error, Exception):
                 raise
 
-    def _turn(self, poller: zmq.Poller) -> None:
-        if self.blocked:
-            poller.poll(TURN_MS)
-        else:
-            poller.register(self._socket, zmq.POLLIN)
-            poller.poll(TURN_MS)
-            poller.unregister(self._socket)
+    def _turn(self) -> None:
+        self._bell.wait(self._socket if not self.blocked else None, TURN_MS)
         now = time.monotonic()
         gap, self._last_turn = now - self._last_turn, now
         if gap > STOOD_STILL_S:  # SIGSTOP, a laptop's lid: first hear what came in the meantime
             self._leases.postpone(gap)
-        while self._wake_out.poll(0):
-            self._wake_out.recv(zmq.NOBLOCK)
         drained = not self.blocked and self._receive(now)
         self._run_calls()
         if drained and gap <= STOOD_STILL_S:
             for id_ in self._leases.overdue(now):
                 self._give_back(id_, "infra", "the lease expired")
         self._issue(now)
-        if self._commit():
-            self._flush()
-            self._answer_waits()
+        self._answer_waits()
+        self._outbox.turn()
         self._pulse(now)
 
     def _receive(self, now: float) -> bool:
         """True when the socket was emptied."""
         for _ in range(DRAIN_MESSAGES):
             try:
-                peer, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                peer = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return True
+            frame = self._socket.recv(copy=False)
             try:
-                if len(frames) != 1:
-                    raise WireError("malformed", f"{len(frames)} frames")
-                self._hear(peer, self._codec.decode(frames[0]), frames[0], now)
+                if frame.more:
+                    raise WireError("malformed", f"{1 + self._skip_rest()} more frames than one")
+                data = frame.buffer if len(frame) > COPIED_BYTES else frame.bytes
+                self._hear(peer, self._codec.decode(data), data, now)
             except WireError as error:
                 self._refuse(peer, error)
         return False
 
-    def _hear(self, peer: Peer, message: Any, frame: bytes, now: float) -> None:
+    def _skip_rest(self) -> int:
+        rest: list[Any] = self._socket.recv_multipart()
+        return len(rest) - 1
+
+    def _hear(self, peer: Peer, message: Any, frame: bytes | memoryview, now: float) -> None:
         if isinstance(message, Hello):
             self._hello(peer, message, now)
             return
@@ -361,7 +366,7 @@ class Desk:
             return None
         return wire.Refused(reason=reason, ours=ours, theirs=theirs, **self._identity)
 
-    def _result(self, peer: Peer, actor: Actor, group: Group, frame: bytes) -> None:
+    def _result(self, peer: Peer, actor: Actor, group: Group, frame: bytes | memoryview) -> None:
         self._fail("after_receive")
         entry = self.ledger.open.get(group.ticket)
         if group.run != self._identity["run"] or (
@@ -379,9 +384,10 @@ class Desk:
                 return
             actor.invalid = 0
             self._leases.end(group.ticket)
-            self._write(Admit(ticket=group.ticket, frame=frame, at=time.time()), group)
-            self._admitted_now += 1
-            self._answer(peer, group.ticket, "ack")
+            admit = Admit(ticket=group.ticket, frame=frame, at=time.time())  # type: ignore[arg-type]
+            self._write(admit, group)
+            self.counts["answer_ack"] += 1
+            self._outbox.acknowledge(peer, group.ticket)
 
     def _invalid(self, peer: Peer, actor: Actor, ticket: int, error: WireError) -> None:
         self.counts[f"invalid_{error.reason}"] += 1
@@ -554,56 +560,12 @@ class Desk:
             cursor=draft.cursor,
         )
         self._write(Issue(ticket=ticket))
-        self._issued_now += 1
         return id_
 
     # ---- durability, then everything that depends on it ------------------------------------------
 
     def _write(self, record: AnyRecord, group: Group | None = None) -> None:
-        self.ledger.apply(record, self._journal.append(record), group)
-        self._uncommitted += 1
-
-    def _commit(self) -> bool:
-        if not self._uncommitted:
-            return True
-        try:
-            self._journal.commit()
-        except DiskFull as error:
-            if not self.blocked:
-                log.error("%s; nothing is acknowledged or issued until there is space", error)
-            self.blocked = str(error)
-            return False
-        if self.blocked:
-            log.info("there is space again; going on")
-        self.blocked, self._uncommitted = "", 0
-        return True
-
-    def _flush(self) -> None:
-        if self._issued_now:
-            self._fail("after_issue")
-        if self._admitted_now:
-            self._fail("after_append")
-        self._issued_now = self._admitted_now = 0
-        outgoing, self._outgoing = self._outgoing, []
-        for peer, message in outgoing:
-            if not self._deliver(peer, message):
-                self._forget(peer, "infra")
-            elif isinstance(message, Grant):
-                self._fail("after_send")
-            elif isinstance(message, Answer) and message.verdict == "ack":
-                self._fail("after_ack")
-        called, self._called = self._called, []
-        for future, value in called:
-            future.set_result(value)
-
-    def _deliver(self, peer: Peer, message: wire.Message) -> bool:
-        try:
-            self._socket.send_multipart([peer, self._codec.encode(message)], zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                raise
-            return False  # gone, or so stuck that its queue is full
-        return True
+        self.ledger.apply(record, self._outbox.append(record), group)
 
     def _run_calls(self) -> None:
         while self._looks:
@@ -612,7 +574,7 @@ class Desk:
         while self._calls and not self.blocked:
             function, future = self._calls.popleft()
             try:
-                self._called.append((future, function()))
+                self._outbox.resolve(future, function())
             except Exception as error:  # noqa: BLE001 - it belongs to the caller, who raises it
                 future.set_exception(error)
 
@@ -620,13 +582,13 @@ class Desk:
         waiting, self._waits = self._waits, []
         for condition, future in waiting:
             value = None if future.cancelled() else condition()
-            if value is not None and future.set_running_or_notify_cancel():
-                future.set_result(value)
-            elif value is None and not future.cancelled():
+            if value is not None:
+                self._outbox.resolve(future, value)
+            elif not future.cancelled():
                 self._waits.append((condition, future))
 
     def _send(self, peer: Peer, message: wire.Message) -> None:
-        self._outgoing.append((peer, message))
+        self._outbox.send(peer, message)
 
     def _answer(self, peer: Peer, ticket: int, verdict: wire.Verdict, reason: str = "") -> None:
         self.counts[f"answer_{verdict}"] += 1
@@ -638,19 +600,38 @@ class Desk:
             return
         self._last_pulse = now
         pulse = Pulse(version=self.version, **self._identity)
-        for peer in [peer for peer in self.actors if not self._deliver(peer, pulse)]:
+        for peer in [peer for peer in self.actors if not self._outbox.deliver(peer, pulse)]:
             self._forget(peer, "infra")
 
 
-def _wake_pair(context: zmq.Context[Any]) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
-    """Two ends of an in-process pipe: any byte into the first ends the desk's poll on the
-    second.
-    """
-    inside, outside = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
-    endpoint = f"inproc://desk-{id(outside)}"
-    outside.bind(endpoint)
-    inside.connect(endpoint)
-    return inside, outside
+class Bell:
+    """Ends the desk's wait for its socket. Anybody may ring, from any thread."""
+
+    def __init__(self) -> None:
+        self._out, self._in = os.pipe()
+        os.set_blocking(self._out, False)
+        os.set_blocking(self._in, False)
+        self._alone, self._beside = zmq.Poller(), zmq.Poller()
+        for poller in (self._alone, self._beside):
+            poller.register(self._out, zmq.POLLIN)
+
+    def ring(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # so many rings unheard that one more is none
+            if self._in >= 0:
+                os.write(self._in, b"!")
+
+    def wait(self, socket: zmq.Socket[bytes] | None, at_most_ms: int) -> None:
+        """Until a ring, or until `socket` has something to receive."""
+        if socket is not None and socket not in self._beside:
+            self._beside.register(socket, zmq.POLLIN)
+        poller = self._alone if socket is None else self._beside
+        if any(source == self._out for source, _ in poller.poll(at_most_ms)):
+            os.read(self._out, 1 << 16)
+
+    def close(self) -> None:
+        ends, self._in = (self._in, self._out), -1
+        for end in ends:
+            os.close(end)
 
 
 def _done(future: Future[Any], timeout_s: float) -> bool:

@@ -292,7 +292,7 @@ def _acknowledged(message: wire.FromLearner) -> int:
     if not isinstance(message, wire.Answer):
         return 0
     assert message.verdict == "ack", message
-    return 1
+    return 1 + len(message.also)
 
 
 def _send_frames(endpoint: str) -> None:
