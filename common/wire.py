@@ -139,7 +139,7 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def oldest_version(self) -> int:
-        return min(v for s in self.segments for _, v in s.spans)
+        return min([v for s in self.segments for _, v in s.spans])
 
 
 # ---- actor → learner -----------------------------------------------------------------------------

@@ -16,6 +16,7 @@ until a commit succeeds; pulses go on.
 from __future__ import annotations
 
 import contextlib
+import heapq
 import logging
 import os
 import threading
@@ -48,7 +49,7 @@ from common.wire import (
     Welcome,
 )
 from learner.config import LearnerConfig
-from learner.inbox import Selection, fate, select
+from learner.inbox import Selection, Usable, select
 from learner.leases import Leases, Peer
 from learner.ledger import Ledger
 from learner.outbox import Outbox
@@ -125,6 +126,7 @@ class Desk:
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._looks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._waits: list[tuple[Callable[[], Any], Future[Any]]] = []
+        self._usable = {kind: Usable(kind) for kind in ("main", "aux")}
         self._issuing = True
         self._last_turn = self._last_pulse = time.monotonic()
         self._bell = Bell()
@@ -175,7 +177,12 @@ class Desk:
 
     def take(self, idle: Callable[[], bool]) -> Selection | None:
         """The next batch, or None when `idle` said so."""
-        return self.wait(lambda: select(self.ledger, self.config), idle)
+
+        def determined() -> Selection | None:
+            usable = self._usable["main"].count(self.ledger, self.config)
+            return select(self.ledger, self.config, usable)
+
+        return self.wait(determined, idle)
 
     def record(self, record: Step | Finish | Drop) -> None:
         self.call(lambda: self._write(record))
@@ -449,15 +456,12 @@ class Desk:
     def _issue(self, now: float) -> None:
         if self.blocked or not self._issuing or self.version < 0:
             return
-        leased = self._leases.count()
-        free = {
-            p: a.capacity - leased[p]
-            for p, a in self.actors.items()
-            if not a.draining and a.capacity > leased[p]
-        }
-        room = self._room() if free else {}
-        while free:
-            peer = max(free, key=free.__getitem__)
+        room = self._room()
+        if not (self._leases.waiting or self._evals or room["main"] > 0 or room["aux"] > 0):
+            return
+        free = self._free()
+        while free:  # whoever has most credit comes first
+            lacking, peer = free[0]
             id_ = self._leases.waiting.popleft() if self._leases.waiting else self._new_ticket(room)
             if id_ is None:
                 return
@@ -465,20 +469,29 @@ class Desk:
             self._send(
                 peer, Grant(ticket=self.ledger.open[id_].ticket, attempt=attempt, **self._identity)
             )
-            free[peer] -= 1
-            if not free[peer]:
-                del free[peer]
+            if lacking < -1:
+                heapq.heapreplace(free, (lacking + 1, peer))
+            else:
+                heapq.heappop(free)
+
+    def _free(self) -> list[tuple[int, Peer]]:
+        """A heap of (minus its credit, connection)."""
+        leased = self._leases.count()
+        free = [
+            (leased[peer] - actor.capacity, peer)
+            for peer, actor in self.actors.items()
+            if not actor.draining and actor.capacity > leased[peer]
+        ]
+        heapq.heapify(free)
+        return free
 
     def _room(self) -> dict[str, int]:
         """How many new tickets of each kind the lag bound allows: outstanding + buffered < (max_lag
         + 1) × batch.
         """
         config, t = self.config, self.ledger.t
-        flying = Counter(entry.ticket.kind for entry in self.ledger.in_flight())
-        usable = {
-            kind: sum(not fate(entry, t, config) for entry in self.ledger.buffered(kind))
-            for kind in ("main", "aux")
-        }
+        flying = self.ledger.flying
+        usable = {kind: it.count(self.ledger, config) for kind, it in self._usable.items()}
         horizon = min(config.max_lag + 1, config.steps - t)
         return {
             "main": horizon * config.groups_per_step - usable["main"] - flying["main"],

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from common.wire import Group
 from learner.advantage import informative
 from learner.config import LearnerConfig
-from learner.ledger import Entry, Item, Ledger
+from learner.item import Item
+from learner.ledger import Entry, Ledger
 
 
 class Selection(NamedTuple):
@@ -50,11 +51,32 @@ def fate(entry: Entry, t: int, config: LearnerConfig) -> str:
     return entry.verdict[1] or ("stale" if t - entry.oldest > config.max_lag else "")
 
 
-def select(ledger: Ledger, config: LearnerConfig) -> Selection | None:
-    """The batch of step `ledger.t`, or None while it is not determined yet."""
+class Usable:
+    """How many admitted groups of one kind the coming step can use, counted as they come in."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._seen = self._count = 0
+        self._of: tuple[int, LearnerConfig] | None = None  # step, configuration
+
+    def count(self, ledger: Ledger, config: LearnerConfig) -> int:
+        """Looks only at those it has not seen, unless the step or the configuration is new."""
+        if self._of is None or self._of[0] != ledger.t or self._of[1] is not config:
+            self._of, self._seen, self._count = (ledger.t, config), 0, 0
+        new = ledger.buffered(self._kind, self._seen)
+        self._count += sum(not fate(entry, ledger.t, config) for entry in new)
+        self._seen += len(new)
+        return self._count
+
+
+def select(ledger: Ledger, config: LearnerConfig, usable: int | None = None) -> Selection | None:
+    """The batch of step `ledger.t`, or None while it is not determined yet. Who knows how many main
+    groups are `usable` has the None sooner.
+    """
     t = ledger.t
     limit = max(1, round(config.refill_limit * config.groups_per_step))
-    if len(ledger.main) < min(config.groups_per_step, limit):
+    admitted = len(ledger.main)
+    if (admitted if usable is None else usable) < config.groups_per_step and admitted < limit:
         return None
     main, dropped, seen = _first_usable(
         ledger.buffered("main")[:limit], config.groups_per_step, t, config

@@ -6,6 +6,7 @@ Times are `time.monotonic()` seconds given by the caller.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ class Leases:
     waiting: deque[int] = field(default_factory=deque)  # open tickets that nobody holds
     held: dict[int, Lease] = field(default_factory=dict)
     expired: int = 0
+    _load: Counter[Peer] = field(default_factory=Counter)  # tickets held by each connection
+    _quiet_until: float = math.inf  # no lease ends before
     _attempts: Counter[int] = field(default_factory=Counter)
     _infra: Counter[int] = field(default_factory=Counter)
     _data: Counter[int] = field(default_factory=Counter)
@@ -37,13 +40,13 @@ class Leases:
         return [id_ for id_, lease in self.held.items() if lease.peer == peer]
 
     def count(self) -> Counter[Peer]:
-        return Counter(lease.peer for lease in self.held.values())
+        return +self._load
 
     def lease(self, id_: int, peer: Peer, now: float) -> int:
         """Give ticket `id_` to `peer`; the number of this attempt."""
         attempt = self._attempts[id_]
         self._attempts[id_] += 1
-        self.held[id_] = Lease(peer, attempt, now + self.lease_s)
+        self._put(id_, Lease(peer, attempt, now + self.lease_s))
         return attempt
 
     def claim(self, ids: Iterable[int], peer: Peer, now: float) -> None:
@@ -53,7 +56,7 @@ class Leases:
             attempt = lease.attempt if lease else ANY_ATTEMPT
             if lease is None and id_ in self.waiting:
                 self.waiting.remove(id_)
-            self.held[id_] = Lease(peer, attempt, now + self.lease_s)
+            self._put(id_, Lease(peer, attempt, now + self.lease_s))
 
     def renew(self, ids: Iterable[int], peer: Peer, now: float) -> None:
         for id_ in ids:
@@ -68,7 +71,7 @@ class Leases:
 
     def end(self, id_: int) -> None:
         """The ticket is closed or its group admitted."""
-        if self.held.pop(id_, None) is None and id_ in self.waiting:
+        if not self._take(id_) and id_ in self.waiting:
             self.waiting.remove(id_)
         for counter in (self._attempts, self._infra, self._data):
             counter.pop(id_, None)
@@ -77,7 +80,7 @@ class Leases:
         """Attempt failed; True when the ticket may be tried again (it waits, in front), False when
         its budget is spent.
         """
-        self.held.pop(id_, None)
+        self._take(id_)
         if blame == "infra":
             self._infra[id_] += 1
         elif blame == "data":
@@ -88,9 +91,27 @@ class Leases:
         return True
 
     def overdue(self, now: float) -> list[int]:
+        if now <= self._quiet_until:
+            return []
         late = [id_ for id_, lease in self.held.items() if lease.expires < now]
         self.expired += len(late)
+        self._quiet_until = min((lease.expires for lease in self.held.values()), default=math.inf)
         return late
+
+    def _put(self, id_: int, lease: Lease) -> None:
+        self._take(id_)
+        self.held[id_] = lease
+        self._load[lease.peer] += 1
+        self._quiet_until = min(self._quiet_until, lease.expires)
+
+    def _take(self, id_: int) -> bool:
+        lease = self.held.pop(id_, None)
+        if lease is None:
+            return False
+        self._load[lease.peer] -= 1
+        if not self._load[lease.peer]:
+            del self._load[lease.peer]
+        return True
 
     def is_held(self, id_: int, peer: Peer, attempt: int | None = None) -> bool:
         """Whether `peer` holds the ticket, at this attempt when one is given."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -23,6 +23,7 @@ from common.journal import Position
 from common.records import Admit, AnyRecord, ConfigChange, Drop, Finish, Issue, Open, Step
 from common.wire import Codec, Group, Ticket
 from learner.evaluation import Evaluation
+from learner.item import Item
 
 TERMINAL = {
     "main": "trained",
@@ -31,13 +32,6 @@ TERMINAL = {
     "propose": "trained",
     "score": "scored",
 }
-
-
-class Item(NamedTuple):
-    """A group and the ticket that asked for it: all that a batch is made of."""
-
-    ticket: Ticket
-    group: Group
 
 
 @dataclass(slots=True)
@@ -53,7 +47,7 @@ class Entry:
 
     def admit(self, group: Group, order: int) -> None:
         self.group, self.order = group, order
-        self.oldest = min((r.oldest_version for r in group.rollouts), default=0)
+        self.oldest = min([r.oldest_version for r in group.rollouts], default=0)
 
     @property
     def item(self) -> Item:
@@ -112,6 +106,7 @@ class Ledger:
     next_id: int = 0
     finished: str = ""
     learner_config: dict[str, Any] | None = None  # as the journal last said
+    flying: Counter[str] = field(default_factory=Counter)  # tickets of each kind in flight
     _low: int = 0  # every id below is closed
     _closed: set[int] = field(default_factory=set)  # closed ids from _low on
     _admitted: int = 0
@@ -146,8 +141,9 @@ class Ledger:
     def in_flight(self) -> Iterator[Entry]:
         return (entry for entry in self.open.values() if entry.group is None)
 
-    def buffered(self, kind: str) -> list[Entry]:
-        return [self.open[id_] for id_ in (self.main if kind == "main" else self.aux)]
+    def buffered(self, kind: str, first: int = 0) -> list[Entry]:
+        """In admission order, from the `first` on."""
+        return [self.open[id_] for id_ in (self.main if kind == "main" else self.aux)[first:]]
 
     def sums(self) -> dict[str, Sums]:
         """A conservation line for every kind seen; buffered and in flight are counted, not
@@ -224,6 +220,7 @@ class Ledger:
             elif isinstance(record, Admit) and orders.get(record.ticket, -1) >= 0:
                 entry = self.open[record.ticket]
                 entry.admit(self._codec.decode(record.frame), orders[record.ticket])
+        self.flying.update(entry.ticket.kind for entry in self.in_flight())
         missing = [
             i
             for i, order in fold.open
@@ -241,9 +238,11 @@ class Ledger:
         if ticket.id in self.open or self.is_closed(ticket.id):
             raise JournalError(f"ticket {ticket.id} is issued twice (at {at})")
         self.open[ticket.id] = Entry(ticket, at)
+        self.flying[ticket.kind] += 1
         self.next_id = max(self.next_id, ticket.id + 1)
         self.cursor = max(self.cursor, ticket.cursor + 1)
-        self.again = [old for old in self.again if old.id != ticket.parent]
+        if ticket.parent is not None:
+            self.again = [old for old in self.again if old.id != ticket.parent]
         self._sums.setdefault(ticket.kind, Sums()).issued += 1
         if ticket.kind == "eval":
             self.evaluations.setdefault(ticket.label, Evaluation()).issued.append(ticket.problem)
@@ -254,6 +253,7 @@ class Ledger:
             raise JournalError(f"ticket {id_} is admitted twice, or was never issued")
         entry.admit(group, self._admitted)
         self._admitted += 1
+        self.flying[entry.ticket.kind] -= 1
         if entry.ticket.kind == "main":
             self.main.append(id_)
         elif entry.ticket.kind == "aux":
@@ -282,6 +282,8 @@ class Ledger:
         entry = self.open.pop(id_, None)
         if entry is None:
             raise JournalError(f"ticket {id_} ends as {fate!r} but is not open")
+        if entry.group is None:
+            self.flying[entry.ticket.kind] -= 1
         sums = self._sums[entry.ticket.kind]
         if fate in ("trained", "evaluated", "scored"):
             setattr(sums, fate, getattr(sums, fate) + 1)
