@@ -37,7 +37,7 @@ from actor.fetch import Fetcher
 from actor.grade.pool import Pool
 from actor.line import Line
 from actor.work import Day, work
-from common import models, wire
+from common import keys, models, wire
 from common.channel import demand_keys
 from common.config import RunConfig
 from common.errors import DeadlineError, WireError
@@ -75,7 +75,7 @@ async def serve(run: RunConfig, actor: ActorConfig, name: str, engine: Engine, d
     async with contextlib.AsyncExitStack() as stack:
         pool = Pool(actor.grade_workers, actor.grade_timeout_s)
         stack.push_async_callback(pool.close)
-        line = Line(run.learner, run.max_frame_mb << 20)
+        line = Line(run.learner, run.max_frame_mb << 20, keys.read(run.keys))
         stack.push_async_callback(line.close)
         fetcher = Fetcher(run, engine, actor.poll_s)
         stack.callback(fetcher.close)
@@ -198,7 +198,7 @@ async def _show(day: Day) -> None:
 
 def _vet(run: RunConfig) -> None:
     """What could only be refused later, before a model is loaded. Raises ConfigError."""
-    demand_keys(run.learner, None, "connect to")
+    demand_keys(run.learner, keys.read(run.keys), "connect to")
     Registry(run.redis, "none").close()
 
 

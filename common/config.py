@@ -41,6 +41,7 @@ class RunConfig(Section, frozen=True, kw_only=True):
     max_frame_mb: Annotated[int, msgspec.Meta(ge=1, le=2048)] = 64
     redis: str = "redis://127.0.0.1:6379/0"
     learner: str = "tcp://127.0.0.1:5555"
+    keys: str = ""  # this process' CURVE key file (`isentrope keys`); needed off loopback
     failpoint: str = ""  # "name:count[,…]": SIGKILL at the count-th pass, by life
 
     def check(self) -> None:
@@ -63,4 +64,4 @@ class RunConfig(Section, frozen=True, kw_only=True):
             raise ConfigError(str(error).removeprefix("run.")) from None
 
 
-LOCAL = ("redis", "learner", "failpoint")  # may differ from process to process
+LOCAL = ("redis", "learner", "keys", "failpoint")  # may differ from process to process

@@ -24,7 +24,7 @@ import torch
 
 from common import wire
 from learner.attention import Packing
-from learner.ledger import Item
+from learner.item import Item
 from learner.table import Static
 
 

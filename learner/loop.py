@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from common import channel
+from common import channel, keys
 from common.config import RunConfig
 from common.errors import ConfigError
 from common.failpoints import Failpoint
@@ -174,7 +174,9 @@ def _wire(run: RunConfig, config: LearnerConfig, folder: RunFolder, stack: ExitS
     source = open_source(config.prompts, run.seed)
     network, tokenizer = model.load(run, config)
     context: zmq.Context[Any] = stack.enter_context(zmq.Context())
-    socket, endpoint = channel.bind_router(context, run.learner, max_bytes=run.max_frame_mb << 20)
+    socket, endpoint = channel.bind_router(
+        context, run.learner, keys.read(run.keys), run.max_frame_mb << 20
+    )
     stack.callback(socket.close, 0)
     sealed = seal_of(folder.journal)
     past = catch_up(folder, run, config)

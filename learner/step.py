@@ -34,7 +34,7 @@ from learner.batch import Batch, Micro, flatten, pack, split
 from learner.comm import Comm
 from learner.config import LearnerConfig
 from learner.head import Objective
-from learner.ledger import Item
+from learner.item import Item
 from learner.loss import scale, surrogate
 from learner.measure import Metrics, by_lag, entropy_forecast, rollouts_by_lag
 from learner.methods.compose import Factors, Methods

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from learner.batch import Item, flatten, pack, reward, split
+from learner.batch import flatten, pack, reward, split
+from learner.item import Item
 from tests.builders import make_group, make_rollout, make_segment, make_ticket
 
 

@@ -9,8 +9,9 @@ import torch
 from common.config import RunConfig
 from common.errors import DataError
 from learner import model as models
-from learner.batch import Item, flatten, pack
+from learner.batch import flatten, pack
 from learner.config import LearnerConfig
+from learner.item import Item
 from learner.model import Policy
 from tests.builders import make_group, make_ticket, tiny_model
 

@@ -10,8 +10,9 @@ from common import metrics
 from common.config import RunConfig
 from common.errors import DataError
 from learner import model as models
-from learner.batch import Item, flatten
+from learner.batch import flatten
 from learner.config import LearnerConfig
+from learner.item import Item
 from learner.model import Policy
 from learner.state import TrainState, state_of
 from learner.step import make_state, train_step

@@ -1,6 +1,7 @@
 import torch
 
-from learner.batch import Item, flatten
+from learner.batch import flatten
+from learner.item import Item
 from learner.table import Table
 from tests.builders import make_group, make_ticket
 

@@ -130,7 +130,7 @@ def _items() -> list[Any]:
     import numpy as np
 
     from common import wire
-    from learner.batch import Item
+    from learner.item import Item
 
     rng = np.random.default_rng(0)
 

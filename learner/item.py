@@ -1,0 +1,12 @@
+"""A group and the ticket that asked for it: all that a batch is made of."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from common.wire import Group, Ticket
+
+
+class Item(NamedTuple):
+    ticket: Ticket
+    group: Group
