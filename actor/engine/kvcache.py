@@ -58,6 +58,7 @@ class KVCache:
         self.buffer = torch.zeros(layers, rows, length, wide, dtype=dtype, device=device)
         self._flat = [self.buffer[layer].view(rows * length, wide) for layer in range(layers)]
         self._known_views: dict[tuple[int, int, int], Views] = {}
+        self._zero = torch.zeros((), dtype=dtype, device=device)
         self._positions = torch.arange(length, device=device)
         self._row_starts = torch.arange(rows, device=device) * length
         self._own_keys = _own_keys(self.heads, self.key_heads).to(device, dtype)
@@ -71,14 +72,14 @@ class KVCache:
 
         `widths` cuts the rows into (first, stop, width); a cut's positions are below its width.
         """
-        stretches = []
-        for first, stop, width in widths:
-            seen = self._positions[:width] <= position[first:stop, None]
-            bias = torch.where(seen, 0.0, -torch.inf).to(self.buffer.dtype)
-            views = self._views(first, stop, width)
-            stretches.append(Stretch(first, stop, bias[:, None], views))
-        index = self._row_starts[: len(position)] + position
-        return Place(index, stretches=tuple(stretches))
+        widest = max(width for _, _, width in widths)
+        seen = self._positions[:widest] <= position[:, None]
+        bias = torch.where(seen, self._zero, -torch.inf)[:, None]
+        stretches = tuple(
+            Stretch(first, stop, bias[first:stop, :, :width], self._views(first, stop, width))
+            for first, stop, width in widths
+        )
+        return Place(self._row_starts[: len(position)] + position, stretches=stretches)
 
     def place_prefill(self, rows: torch.Tensor, width: int) -> Place:
         """Prefixes of `rows` (int64 [B]), each padded on the right to `width` tokens: what pads

@@ -13,7 +13,7 @@ from actor.engine.base import Sample
 from actor.engine.request import Request, Spans, closed, mark_swap
 from common.wire import Finish
 
-_WIDTH_STEP = 16  # attended positions are rounded up to a multiple
+_WIDTH_STEP = 8  # attended positions are rounded up to a multiple
 
 
 class Rows:
