@@ -42,7 +42,7 @@ _PADDING = [bytes(n) for n in range(8)]
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
-class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """How to sample. `seed` makes the noise; position and rollout number are mixed in by the
     engine.
     """
@@ -55,7 +55,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     seed: int = 0
 
 
-class GradePart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class GradePart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One part of the reward: `grader` names the function, `options` its keyword arguments."""
 
     name: str
@@ -63,7 +63,7 @@ class GradePart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     options: dict[str, Any] = {}
 
 
-class Grading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Grading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """How to grade a response. The first part is the raw correctness."""
 
     gold: str = ""
@@ -71,7 +71,7 @@ class Grading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     columns: dict[str, Any] = {}
 
 
-class Ticket(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Ticket(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """A request for one group: `n` rollouts of one prompt under one sampling policy."""
 
     id: int
@@ -92,7 +92,7 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         _check_array("prompt", self.prompt, _I4)
 
 
-class Segment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Segment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """A run of tokens with one author. `logps` are behaviour log-probabilities after temperature, 0
     where not sampled.
 
@@ -122,7 +122,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return np.full(self.tokens.size, self.role == "policy")
 
 
-class Rollout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Rollout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One response: its segments, how it ended, how it was graded (`parts`: one map a turn)."""
 
     segments: tuple[Segment, ...]
@@ -145,7 +145,9 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 # ---- actor → learner -----------------------------------------------------------------------------
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type"):
+class Message(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False, tag_field="type"
+):
     """Every message says which run, and which life of its learner, it speaks to."""
 
     run: str = ""
