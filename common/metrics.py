@@ -75,6 +75,8 @@ GLOSSARY: dict[str, str] = {
     "entropy_measure_s": "what that measurement took (s)",
     "entropy_correlation": "running correlation of predicted and realised change",
     "entropy_slope": "running slope realised / predicted",
+    "discriminator_std": "standard deviation of S = q (H + ln q) over the tokens, by lag",
+    "discriminator_drift": "mean S − N under policy / behaviour weights, by lag; far from 0: alarm",
     "entropy_bonus": "coefficient of the entropy bonus",
     "methods/": "a number of a method: methods/NAME/NUMBER",
 }

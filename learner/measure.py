@@ -93,6 +93,11 @@ def by_lag(table: Table, config: LearnerConfig) -> Metrics:
         # the non-negative estimator from samples of the behaviour policy: E[w - 1 - ln w] = KL(b‖p)
         "kl": _sums(w - 1 - log_w, t.lag) / n,
         "entropy_by_lag": _sums(t.H, t.lag) / n,
+        # σ of S = q (H + ln q), and the mean of S - N under w: 0 where w corrects for all staleness
+        "discriminator_std": (_sums(t.S**2, t.lag) / n - (_sums(t.S, t.lag) / n) ** 2)
+        .clamp(min=0)
+        .sqrt(),
+        "discriminator_drift": _sums(w * (t.S - t.N), t.lag) / n,
     }
     found: Metrics = {k: _named(v, keep) for k, v in means.items()}
     total = max(1, len(w))

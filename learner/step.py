@@ -35,7 +35,7 @@ from learner.comm import Comm
 from learner.config import LearnerConfig
 from learner.head import Objective
 from learner.item import Item
-from learner.loss import scale, surrogate
+from learner.loss import correction, scale, surrogate
 from learner.measure import Metrics, by_lag, entropy_forecast, rollouts_by_lag
 from learner.methods.compose import Factors, Methods
 from learner.state import TrainState, make_state
@@ -74,6 +74,7 @@ class _Pass:
     c: Tensor  # dLoss/dl [T]
     loss: float
     bonus: float
+    effects: Metrics  # of the methods, methods/NAME/…
 
 
 def train_step(
@@ -96,7 +97,7 @@ def train_step(
         passes.append(done)
     first, last = passes[0], passes[-1]
     metrics: Metrics = {"lr": lr, "tokens": float((work.scale > 0).sum()), "grad_norm": norm}
-    metrics |= {"loss": last.loss, "entropy_bonus": last.bonus}
+    metrics |= {"loss": last.loss, "entropy_bonus": last.bonus} | last.effects
     # ratios of the last update, which moved furthest; the entropy before the first
     metrics |= rollouts_by_lag(work.batch) | by_lag(last.table, config) | forecast
     metrics["entropy"] = _mean_entropy(first.table)
@@ -152,6 +153,7 @@ def _gradients(state: TrainState, work: _Work, update: int, lp: Tensor | None) -
     if work.methods.needs_table:
         logp, H, N = _columns(state, work)
         table = Table.join(work.static, logp, logp if lp is None else lp, H, N, when)
+        table = _with_surrogate(table, config=work.config)
         lp = table.lp
     factors = work.methods.factors(
         table, lambda weight: _coefficients(work, table, weight), state.methods_state
@@ -166,7 +168,7 @@ def _gradients(state: TrainState, work: _Work, update: int, lp: Tensor | None) -
         seen[:, micro.tokens] = torch.cat([torch.stack(columns), made])
     logp, H, N, c, loss = work.comm.gather(seen)
     table = Table.join(work.static, logp, logp if lp is None else lp, H, N, when)
-    return _Pass(table, c, float(loss.double().sum()), factors.bonus)
+    return _Pass(table, c, float(loss.double().sum()), factors.bonus, factors.effects)
 
 
 def _objective(
@@ -218,6 +220,17 @@ def _weighted(
     """[T]: every token's part of the total loss, under the methods' weights."""
     loss = surrogate(table.logp, table.lp, table.lb, table.advantage, config)
     return share * loss if weight is None else share * weight[part] * loss
+
+
+def _with_surrogate(table: Table, config: LearnerConfig) -> Table:
+    """The table, and what the surrogate makes of its tokens before any method."""
+    bare = msgspec.structs.replace(config, correction="none")
+    with torch.enable_grad():
+        leaf = table.logp.detach().requires_grad_()
+        loss = surrogate(leaf, table.lp, table.lb, table.advantage, bare)
+        (slope,) = torch.autograd.grad(loss.sum(), leaf)
+    old = table.lb if config.loss == "ppo" else table.lp
+    return replace(table, old=old, push=-slope, w=correction(table.lp, table.lb, config))
 
 
 def _coefficients(work: _Work, table: Table | None, weight: Tensor | None) -> Tensor:

@@ -59,6 +59,11 @@ class Table(Static):
         0,
     )  # seed of the run, step, update: what draws are made from
 
+    # What the surrogate makes of every token, float32 [T]; None in the tables of micro-batches.
+    old: Tensor | None = None  # the log-prob that its ratio divides by: lp, or lb
+    push: Tensor | None = None  # -dL/dl of its own loss without w: A r, 0 where a clip stops it
+    w: Tensor | None = None  # importance weight of the surrogate, 1 where it takes none
+
     @classmethod
     def join(
         cls,
@@ -71,6 +76,17 @@ class Table(Static):
     ) -> Table:
         known = {f.name: getattr(static, f.name) for f in fields(Static)}
         return cls(**known, logp=logp, lp=lp, H=H, N=N, when=when)
+
+    @property
+    def main(self) -> Tensor:
+        """bool [T]: tokens that the surrogate is of, dropped ones and clipped ones too."""
+        return self.mask & ~self.aux
+
+    @property
+    def stopped(self) -> Tensor:
+        """bool [T]: a clip lets no gradient through."""
+        assert self.push is not None, "only a whole table knows what the clips stop"
+        return (self.push == 0) & (self.advantage != 0)
 
     @property
     def S(self) -> Tensor:

@@ -19,13 +19,13 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import msgspec
 
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,6 +65,9 @@ class Method(
         """True when the knobs make the method do nothing; it is then left out altogether."""
         return False
 
+    def check(self) -> None:
+        """Raises ConfigError for knobs that cannot work together."""
+
     def scale_groups(self, groups: Sequence[wire.Group]) -> np.ndarray | None:
         """float [G]: factors of the advantages of the batch's main groups, by ticket id."""
         return None
@@ -74,7 +77,10 @@ class Method(
         return None
 
     def weigh(self, table: Table, alive: Tensor) -> Tensor | None:
-        """float [T]: factors of the losses. `alive` bool [T]: trained on and not dropped."""
+        """float [T]: factors of the losses.
+
+        `alive` bool [T]: trained on, with an importance weight above 0, and not dropped.
+        """
         return None
 
     def govern(self, table: Table | None, c: Tensor | None, state: State) -> Governed | None:
@@ -110,12 +116,61 @@ class Method(
         return state
 
 
+def finite(method: Method, what: str, values: Tensor, on: Tensor, table: Table) -> Tensor:
+    """`values` [T] with 0 outside the bool column `on`.
+
+    Raises DataError, naming the token, when one inside is not finite.
+    """
+    inside = values.masked_fill(~on, 0.0)
+    bad = (~inside.isfinite()).nonzero()
+    if len(bad):
+        i = int(bad[0])
+        raise DataError(
+            f"method {method.name!r}, {what}: {float(values[i])} at position "
+            f"{int(table.position[i])} of rollout {int(table.rollout[i])} of ticket "
+            f"{int(table.ticket[i])}"
+        )
+    return inside
+
+
+def moments(values: Tensor, on: Tensor) -> tuple[float, float]:
+    """Mean and population standard deviation of `values` [T] where `on`, in float64; 0 of none."""
+    chosen = values[on].double()
+    if not len(chosen):
+        return 0.0, 0.0
+    return float(chosen.mean()), float(chosen.std(correction=0))
+
+
+def quantile(values: Tensor, share: float) -> Tensor:
+    """The quantile of `values` [n], n > 0, interpolated linearly; of any number of values."""
+    ordered = values.sort().values
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def blocks(table: Table, on: Tensor, rollouts: int | None) -> Iterator[Tensor]:
+    """bool columns that split `on` into runs of so many rollouts; None: `on` as it is.
+
+    They stand for the micro-batches of codes that take their statistics of one at a time.
+    """
+    if rollouts is None:
+        yield on
+        return
+    block = table.row // rollouts
+    for number in sorted(set(block[on].tolist())):
+        yield on & (block == number)
+
+
 def overrides(method: Method, hook: str) -> bool:
     return getattr(type(method), hook) is not getattr(Method, hook)
 
 
 def check(methods: Sequence[Method]) -> None:
     """Refuse a list that cannot work together: raises ConfigError naming the culprits."""
+    for method in methods:
+        method.check()
     names = sorted(m.name for m in methods)
     twice = [a for a, b in pairwise(names) if a == b]
     if twice:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from common import wire
 from common.errors import DataError
-from learner.methods.base import Ask, Method, State, check, overrides
+from learner.methods import effect
+from learner.methods.base import Ask, Method, State, check, finite, overrides
 from learner.table import Table
 
 
@@ -26,6 +27,7 @@ class Factors(msgspec.Struct, frozen=True):
     weight: Tensor | None = None  # float32 [T]; None: all 1
     bonus: float = 0.0  # coefficient of an entropy bonus
     plans: dict[str, Tensor] = {}
+    effects: dict[str, effect.Value] = {}  # what each did, methods/NAME/…
 
 
 class Methods:
@@ -63,8 +65,9 @@ class Methods:
     ) -> Factors:
         """Drop, weigh what is alive, plan, then govern. `coefficients` gives c under a weight."""
         weight, plans = None, {}
+        effects: dict[str, effect.Value] = {}
         if table is not None:
-            weight, alive = self._weight(table)
+            weight, alive = self._weight(table, effects)
             for m in self._with("plan"):
                 plan = m.plan(table, alive)
                 if plan is not None:
@@ -79,25 +82,34 @@ class Methods:
             if answer.weight is not None:
                 assert table is not None, f"{m.name!r} governs tokens without `needs_table`"
                 own = _checked(m, "govern", answer.weight, table)
+                effects |= effect.weighed(m.name, own, table, alive)
                 weight = own if weight is None else weight * own
-        return Factors(weight, bonus, plans)
+        return Factors(weight, bonus, plans, effects)
 
-    def _weight(self, table: Table) -> tuple[Tensor | None, Tensor]:
-        """The product of the weights, 0 where dropped (None: all 1), and who is alive."""
+    def _weight(
+        self, table: Table, effects: dict[str, effect.Value]
+    ) -> tuple[Tensor | None, Tensor]:
+        """The product of the weights, 0 where dropped (None: all 1), and who is alive.
+
+        Notes in `effects` what each method did.
+        """
         dropped = None
         for m in self._with("drop"):
             mask = m.drop(table)
             if mask is not None:
                 mask = _checked(m, "drop", mask, table).bool()
+                effects |= effect.dropped(m.name, mask, table)
                 dropped = mask if dropped is None else dropped | mask
-        alive = table.mask & ~table.aux
-        weight = None
+        alive, weight = table.main, None
+        if table.w is not None:
+            alive = alive & (table.w > 0)
         if dropped is not None:
             alive, weight = alive & ~dropped, (~dropped).float()
         for m in self._with("weigh"):
             own = m.weigh(table, alive)
             if own is not None:
                 own = _checked(m, "weigh", own, table)
+                effects |= effect.weighed(m.name, own, table, alive)
                 weight = own if weight is None else weight * own
         return weight, alive
 
@@ -129,13 +141,7 @@ def _checked(method: Method, hook: str, answer: Tensor, table: Table) -> Tensor:
         raise DataError(f"{where}: shape {tuple(answer.shape)} for {len(table.logp)} tokens")
     if answer.requires_grad:
         raise DataError(f"{where}: the answer carries a gradient; detach it")
-    finite = torch.isfinite(answer)
-    if not bool(finite.all()):
-        i = int((~finite).nonzero()[0])
-        raise DataError(
-            f"{where}: {float(answer[i])} at position {int(table.position[i])} of rollout "
-            f"{int(table.rollout[i])} of ticket {int(table.ticket[i])}"
-        )
+    finite(method, hook, answer, torch.ones_like(table.mask), table)
     return answer
 
 
