@@ -43,15 +43,15 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from actor.grade.exact import exact
 from common import journal, metrics, models, recipe
 from common.figures import BLUE, GREY, ORANGE, STYLE
 from common.records import Admit, Issue
 from common.wire import Codec, FromActor
 from learner.config import LearnerConfig
 from learner.prompts.arithmetic import draw
+from scripts.benches._peer_judge import GOAL, PROBLEMS, Curve, Judge, crossing
 
 LIMITS = {"ratio_time": (">=", 3.0)}
 TOP = Path(__file__).resolve().parents[2]
@@ -59,7 +59,6 @@ PEER = TOP / ".venv-peer"
 PINS = ("trl==1.16.0", "transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0")
 SEEDS = (0, 1, 2)
 STEPS, EVERY = 36, 2  # enough of both; steps between two evaluations
-GOAL, PROBLEMS = 0.8, 1024
 BUSY = 0.05
 RECIPE = (
     "actor.count=2",
@@ -71,21 +70,6 @@ RECIPE = (
     f"learner.checkpoint_every={EVERY}",
     f"learner.keep_checkpoints={STEPS}",
 )
-
-
-class Curve(NamedTuple):
-    """One side of one round. `seconds[t]`: of training, up to version t; `weights[t]`: its file."""
-
-    seconds: dict[int, float]
-    weights: dict[int, Path]
-    groups: dict[int, int]  # sampled up to version t
-    others: float  # share of the two cores' time that processes of others took while it ran
-    accuracy: dict[int, float]  # filled in by `measure`
-
-
-class Crossing(NamedTuple):
-    seconds: float
-    step: float
 
 
 def bench() -> dict[str, object]:
@@ -107,7 +91,7 @@ def bench() -> dict[str, object]:
                 say(f"seed {seed}: held-out accuracy of {name}")
                 judge.measure(curve)
     numbers = compare(rounds)
-    if max(numbers["others_trl"], numbers["others_isentrope"]) > BUSY:
+    if not is_quiet(numbers):
         say("other processes took part of the two cores: this ratio is void, measure again alone")
     numbers["picture"] = str(picture(rounds, numbers))
     return {**numbers, "trl": PINS[0]}
@@ -221,75 +205,6 @@ def sampling(folder: Path) -> Iterator[tuple[float, float]]:
             yield record.at - took["generate_s"] - took["grade_s"], record.at
 
 
-# ---- held-out accuracy ---------------------------------------------------------------------------
-
-
-class Judge:
-    """Samples the held-out sums by transformers' `generate`, whoever made the weights."""
-
-    def __init__(self) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        torch.set_num_threads(1)  # no clock runs here
-        folder = models.find("tiny")
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-        self._problems = [draw(0, index, "heldout") for index in range(PROBLEMS)]
-        texts = [problem.text for problem in self._problems]
-        self._prompts = self._tokenizer(
-            texts, return_tensors="pt", padding=True, return_token_type_ids=False
-        )
-        self._base = self.accuracy()
-
-    def measure(self, curve: Curve) -> None:
-        """Fill in the accuracy, up to two points in a row that reach the goal."""
-        from safetensors.torch import load_file
-
-        curve.accuracy[0] = self._base
-        for t, path in curve.weights.items():
-            missing = self._model.load_state_dict(load_file(path), strict=False)
-            assert not missing.unexpected_keys
-            assert set(missing.missing_keys) <= {"lm_head.weight"}  # tied to the embedding
-            curve.accuracy[t] = self.accuracy()
-            if min(list(curve.accuracy.values())[-2:]) >= GOAL:
-                return
-
-    def accuracy(self) -> float:
-        import torch
-
-        torch.manual_seed(1)
-        with torch.inference_mode():
-            tokens = self._model.generate(
-                **self._prompts,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=48,
-            )
-        answers = self._tokenizer.batch_decode(
-            tokens[:, self._prompts["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        pairs = zip(answers, self._problems, strict=True)
-        return sum(exact(answer, p.answer, after="#") for answer, p in pairs) / PROBLEMS
-
-
-def crossing(curve: Curve) -> Crossing:
-    """Where the accuracy reaches the goal, by lines between the points; NaN where it does not."""
-    seconds = {0: 0.0, **curve.seconds}
-    steps = sorted(curve.accuracy)
-    values = [curve.accuracy[t] for t in steps]
-    for i in range(1, len(steps)):
-        if min(values[i : i + 2]) >= GOAL > values[i - 1]:
-            share = (GOAL - values[i - 1]) / (values[i] - values[i - 1])
-            a, b = steps[i - 1], steps[i]
-            return Crossing(
-                seconds[a] + share * (seconds[b] - seconds[a]), round(a + share * (b - a), 1)
-            )
-    return Crossing(math.nan, math.nan)
-
-
 # ---- the verdict ---------------------------------------------------------------------------------
 
 
@@ -317,6 +232,10 @@ def compare(rounds: Sequence[dict[str, Curve]]) -> dict[str, Any]:
     ratios = [a / b for a, b in zip(seconds["trl"], seconds["isentrope"], strict=True)]
     whole = [0.0 if math.isnan(ratio) else ratio for ratio in ratios]
     return {"ratio_time": round(statistics.median(whole), 3), **numbers}
+
+
+def is_quiet(numbers: dict[str, Any]) -> bool:
+    return max(numbers["others_trl"], numbers["others_isentrope"]) <= BUSY
 
 
 def picture(rounds: Sequence[dict[str, Curve]], numbers: dict[str, Any]) -> Path:
@@ -351,7 +270,8 @@ def picture(rounds: Sequence[dict[str, Curve]], numbers: dict[str, Any]) -> Path
             axis.set_xlim(left=0)
         axes[0].set_ylabel(f"held-out accuracy, {PROBLEMS:,} sums at T = 1")
         axes[0].legend(loc="lower right")
-        axes[0].set_title(f"{numbers['ratio_time']:.1f} × as fast to {GOAL}")
+        void = "" if is_quiet(numbers) else " (void: the machine was busy)"
+        axes[0].set_title(f"{numbers['ratio_time']:.2f} × as fast to {GOAL}{void}")
         axes[1].set_title("and by steps")
         figure.savefig(path)
         plt.close(figure)
