@@ -38,10 +38,12 @@ State = dict[str, Any]  # what JSON can hold
 
 
 class Governed(NamedTuple):
-    """The answer of `govern`: factors of the tokens' losses, and an entropy bonus's coefficient."""
+    """The answer of `govern`: factors of the tokens' losses, and an entropy bonus."""
 
     weight: Tensor | None = None  # float32 [T]
-    bonus: float = 0.0
+    bonus: float = 0.0  # its coefficient
+    where: Tensor | None = None  # float32 [T]: how much of it each token gets; None: all 1
+    numbers: Mapping[str, float] = {}  # for the log, and for `observe`, as methods/NAME/KEY
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +69,9 @@ class Method(
 
     def check(self) -> None:
         """Raises ConfigError for knobs that cannot work together."""
+
+    def fits(self, max_entropy: float) -> None:
+        """Raises ConfigError for knobs that no policy with entropies up to log V can serve."""
 
     def scale_groups(self, groups: Sequence[wire.Group]) -> np.ndarray | None:
         """float [G]: factors of the advantages of the batch's main groups, by ticket id."""
@@ -94,6 +99,10 @@ class Method(
         """[T]: what `extra_loss` wants to know that only the whole table tells."""
         return None
 
+    def numbers(self, table: Table, plan: Tensor) -> Mapping[str, float]:
+        """What the log shall say of a plan, as methods/NAME/KEY."""
+        return {}
+
     def extra_loss(self, table: Table, plan: Tensor | None) -> Tensor | None:
         """float [T]: a loss added to each token's, under the same denominators.
 
@@ -104,7 +113,10 @@ class Method(
         return None
 
     def ask(self, stats: Mapping[str, float], state: State) -> Ask | None:
-        """What to generate beside the main tickets next, given the last step's metrics."""
+        """What to generate beside the main tickets next, given the last step's metrics.
+
+        Before the first step there are none but `n_aux`, the number of groups there is room for.
+        """
         return None
 
     def initial(self) -> State:
@@ -163,8 +175,32 @@ def blocks(table: Table, on: Tensor, rollouts: int | None) -> Iterator[Tensor]:
         yield on & (block == number)
 
 
+def kept(dropped: Tensor, table: Table) -> Tensor:
+    """float [T]: one factor, tokens / tokens that are not dropped.
+
+    It turns the mean over all main tokens (`token_mean`) into the mean over the kept ones.
+    """
+    tokens = int(table.main.sum())
+    factor = tokens / max(1, tokens - int(dropped.sum()))
+    return table.logp.new_full(table.logp.shape, factor)
+
+
 def overrides(method: Method, hook: str) -> bool:
     return getattr(type(method), hook) is not getattr(Method, hook)
+
+
+def asks(method: Method) -> bool:
+    """Whether aux groups are generated for it."""
+    return overrides(method, "ask") and not method.neutral
+
+
+def refuse_above(method: Method, what: str, target: float, max_entropy: float) -> None:
+    """Raises ConfigError for an entropy that no policy over this vocabulary has."""
+    if target > max_entropy:
+        raise ConfigError(
+            f"methods: {method.name!r}: {what} = {target:g} nats is above the largest entropy of "
+            f"this vocabulary, {max_entropy:.3f}; take less"
+        )
 
 
 def check(methods: Sequence[Method]) -> None:
