@@ -78,6 +78,9 @@ GLOSSARY: dict[str, str] = {
     "discriminator_std": "standard deviation of S = q (H + ln q) over the tokens, by lag",
     "discriminator_drift": "mean S − N under policy / behaviour weights, by lag; far from 0: alarm",
     "entropy_bonus": "coefficient of the entropy bonus",
+    "aux_rollouts": "rollouts of aux tickets in the batch",
+    "aux_reward": "their mean reward",
+    "aux_temperature": "mean temperature they were sampled at",
     "methods/": "a number of a method: methods/NAME/NUMBER",
 }
 

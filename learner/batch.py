@@ -39,6 +39,7 @@ class Batch:
     starts: np.ndarray  # int64 [R]: where a row begins in `ids`
     row_group: np.ndarray  # int64 [R]
     reward: np.ndarray  # float64 [R]
+    correct: np.ndarray  # float64 [R]: raw correctness
     row_lag: np.ndarray  # int64 [R]: lag of the row's oldest token
     row_prompt: np.ndarray  # int64 [R]: tokens of its prompt
     row_tokens: np.ndarray  # int64 [R]: table tokens of each row
@@ -103,6 +104,7 @@ def flatten(items: Sequence[Item], version: int) -> Batch:
         starts=_starts(fed),
         row_group=groups,
         reward=np.array([reward(r) for r in rollouts], np.float64),
+        correct=np.array([r.correct for r in rollouts], np.float64),
         row_lag=np.array([max(0, version - r.oldest_version) for r in rollouts], np.int64),
         row_prompt=np.array([order[g].ticket.prompt.size for g, _ in rows], np.int64),
         row_tokens=row_tokens,

@@ -2,7 +2,8 @@
 
     weights.safetensors     the fp32 master weights, by name
     optimizer.safetensors   first and second moments, step counts, torch's random state
-    state.json              t, methods' states, the entropy law's sums, torch build, threads
+    state.json              t, methods' states and what they ask for, the entropy law's sums,
+                            torch build, threads
     fold.msgpack            the ledger's fold (opaque here)
     manifest.json           sha256 of every other file
 
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from common.errors import DataError, JournalError
 from learner.measure import Law
+from learner.methods.base import Ask
 from learner.state import TrainState
 
 _FILES = ("weights.safetensors", "optimizer.safetensors", "state.json", "fold.msgpack")
@@ -91,6 +94,7 @@ def _facts(state: TrainState) -> dict[str, Any]:
     return {
         "t": state.t,
         "methods": state.methods_state,
+        "ask": msgspec.to_builtins(state.ask),
         "law": state.law.sums,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -120,6 +124,7 @@ def _restore(
     state.publish_masters()
     state.t = facts["t"]
     state.methods_state = facts["methods"]
+    state.ask = msgspec.convert(facts.get("ask"), Ask | None)
     state.law = Law(facts["law"])
 
 

@@ -8,6 +8,7 @@ import msgspec
 
 from common.config import NaturalInt, NotNegative, Positive, PositiveInt, Section, Share, need
 from learner.methods import AnyMethod
+from learner.methods.base import asks
 from learner.methods.base import check as check_methods
 
 
@@ -41,7 +42,7 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
     steps: NaturalInt = 60  # 0: only evaluate
     groups_per_step: PositiveInt = 32
     group_size: PositiveInt = 8
-    n_aux: NaturalInt = 0  # aux groups a step
+    n_aux: NaturalInt = 1  # aux groups a step at most; there are none but for a method that asks
     max_tokens: PositiveInt = 48
     temperature: Positive = 1.0
     max_lag: NaturalInt = 2
@@ -51,8 +52,9 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
     drop_truncated: bool = False
 
     # the update
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    loss: Literal["ppo", "decoupled_ppo", "reinforce"] = "ppo"
+    advantage: Literal["grpo", "dr_grpo", "rloo", "psr_nsr"] = "grpo"
+    psr_weight: NotNegative = 0.1  # psr_nsr: advantage of right answers; 0: learn from wrong ones
+    loss: Literal["ppo", "decoupled_ppo", "gspo", "cispo", "sapo", "reinforce"] = "ppo"
     clip_low: Annotated[float, msgspec.Meta(gt=0, lt=1)] | None = 0.2  # None: no clip
     clip_high: Positive | None = 0.28
     dual_clip: Annotated[float, msgspec.Meta(gt=1)] | None = None
@@ -61,6 +63,9 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
     )
     correction_low: NotNegative = 0.5
     correction_high: Positive = 2.0
+    correction_level: Literal["token", "sequence"] = "token"  # sequence: product over the rollout
+    proximal: Literal["recomputed", "log_linear"] = "recomputed"
+    sapo_tau: tuple[Positive, Positive] = (1.0, 1.05)  # sapo: temperature for A > 0, for A <= 0
     aggregation: Literal["token_mean", "seq_mean", "constant"] = "token_mean"
     updates_per_batch: PositiveInt = 1
     lr: Positive = 1.5e-4
@@ -97,7 +102,7 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
 
     def check(self) -> None:
         need(
-            self.group_size >= 2,
+            self.group_size >= 2 or self.advantage == "psr_nsr",
             f"group_size = {self.group_size}: {self.advantage} compares the rollouts of a group; "
             "take 2 or more",
         )
@@ -107,9 +112,27 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
             'policy; take 1, or loss = "ppo"',
         )
         need(
-            self.loss != "reinforce" or self.dual_clip is None,
-            'dual_clip: reinforce has no ratio to clip; leave it out, or loss = "ppo"',
+            self.loss not in ("reinforce", "cispo", "sapo") or self.dual_clip is None,
+            f'dual_clip: {self.loss} stops no gradient by a clip; leave it out, or loss = "ppo"',
         )
+        need(
+            self.loss != "gspo" or self.aggregation == "seq_mean",
+            f'aggregation = "{self.aggregation}": gspo counts sequences; take "seq_mean"',
+        )
+        self._check_correction()
+        need(
+            self.lease_s > 3 * self.heartbeat_s,
+            f"lease_s = {self.lease_s:g}: must be longer than three heartbeats "
+            f"(heartbeat_s = {self.heartbeat_s:g})",
+        )
+        check_methods(self.methods)
+        asking = next((m.name for m in self.methods if asks(m)), "")
+        need(
+            self.n_aux > 0 or not asking,
+            f"n_aux = 0: {asking!r} asks for aux groups; take 1 or more",
+        )
+
+    def _check_correction(self) -> None:
         need(
             self.loss != "ppo" or self.correction == "none",
             f'correction = "{self.correction}": the ratio of ppo is to the behaviour policy; '
@@ -121,8 +144,8 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
             f"= {self.correction_high:g}",
         )
         need(
-            self.lease_s > 3 * self.heartbeat_s,
-            f"lease_s = {self.lease_s:g}: must be longer than three heartbeats "
-            f"(heartbeat_s = {self.heartbeat_s:g})",
+            self.proximal == "recomputed"
+            or (self.loss == "decoupled_ppo" and self.correction_level == "token"),
+            'proximal = "log_linear": a guess for loss = "decoupled_ppo" with '
+            'correction_level = "token"; take "recomputed"',
         )
-        check_methods(self.methods)

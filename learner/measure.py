@@ -20,7 +20,7 @@ from torch import Tensor
 
 from learner.batch import Batch
 from learner.config import LearnerConfig
-from learner.loss import clipped, ratio
+from learner.loss import clipped, old, proximal, ratio, rows
 from learner.table import Table
 
 Metrics = dict[str, float | dict[str, float]]
@@ -80,8 +80,10 @@ def by_lag(table: Table, config: LearnerConfig) -> Metrics:
     """Ratio, clipping, effective sample size, KL and entropy of the tokens, by their lag."""
     on = table.mask & ~table.aux
     t = table.take(on.nonzero().squeeze(1))
-    old = t.lp if config.loss == "decoupled_ppo" else t.lb
-    r = ratio(t.logp, old)
+    lp = proximal(t.logp, t.lp, t.lb, t.lag, config)
+    r = rows(t.logp, lp, t.lb, t.mask, t.row, config).ratio
+    if r is None:
+        r = ratio(t.logp, old(lp, t.lb, config))
     w = ratio(t.logp, t.lb).double()
     log_w = (t.logp - t.lb).double()
     n = _sums(torch.ones_like(w), t.lag)
@@ -107,17 +109,23 @@ def by_lag(table: Table, config: LearnerConfig) -> Metrics:
 
 
 def rollouts_by_lag(batch: Batch) -> Metrics:
-    """Reward and length of the main rollouts, by rollout lag."""
+    """Reward and length of the main rollouts, by rollout lag; reward of the aux rollouts."""
     main = batch.row_group < batch.main_groups
     lag = torch.from_numpy(batch.row_lag[main])
     n = _sums(torch.ones(len(lag)), lag)
     reward = torch.from_numpy(batch.reward[main])
     length = torch.from_numpy(batch.row_trained[main])
-    return {
+    found: Metrics = {
         "reward": float(reward.mean()) if len(reward) else 0.0,
         "reward_by_lag": _named(_sums(reward, lag) / n, n > 0),
         "length_by_lag": _named(_sums(length, lag) / n, n > 0),
     }
+    if not main.all():
+        asked = [i.ticket.sampling.temperature for i in batch.items[batch.main_groups :]]
+        found["aux_rollouts"] = float((~main).sum())
+        found["aux_reward"] = float(batch.reward[~main].mean())
+        found["aux_temperature"] = math.fsum(asked) / len(asked)
+    return found
 
 
 def _sums(values: Tensor, lag: Tensor) -> Tensor:

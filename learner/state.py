@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from common.config import RunConfig
 from learner import model as models
 from learner.config import LearnerConfig
 from learner.measure import Law
+from learner.methods.base import Ask
 from learner.methods.compose import Methods
 
 
@@ -29,6 +31,7 @@ class TrainState:
     seed: int
     t: int = 0
     methods_state: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ask: Ask | None = None  # how the next aux tickets shall be
     law: Law = field(default_factory=Law)
 
     @torch.no_grad()
@@ -58,7 +61,7 @@ def make_state(run: RunConfig, config: LearnerConfig) -> TrainState:
 
 
 def state_of(policy: models.Policy, run: RunConfig, config: LearnerConfig) -> TrainState:
-    """Version 0 of a policy at hand."""
+    """Version 0 of a policy at hand. Raises ConfigError for methods that it cannot serve."""
     masters: dict[str, Tensor] = dict(models.trainable(policy))
     if run.weights_dtype == "bf16":
         masters = {name: p.detach().clone() for name, p in masters.items()}
@@ -69,7 +72,20 @@ def state_of(policy: models.Policy, run: RunConfig, config: LearnerConfig) -> Tr
         weight_decay=config.weight_decay,
         fused=True,
     )
-    states = Methods(config.methods).initial()
+    methods = Methods(config.methods)
+    facts = constants(policy, config)
+    methods.fits(facts["max_entropy"])
+    states = methods.initial()
     state = TrainState(policy, optimizer, masters, run.seed, methods_state=states)
+    state.ask = methods.ask(facts, states)
     state.publish_masters()
     return state
+
+
+def constants(policy: models.Policy, config: LearnerConfig) -> dict[str, float]:
+    """What methods are told beside a step's metrics."""
+    return {
+        "max_entropy": math.log(policy.config.vocab_size),
+        "n_aux": float(config.n_aux),
+        "updates": float(config.updates_per_batch),
+    }

@@ -21,7 +21,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -35,10 +34,11 @@ from learner.comm import Comm
 from learner.config import LearnerConfig
 from learner.head import Objective
 from learner.item import Item
-from learner.loss import correction, scale, surrogate
+from learner.loss import Rows, correction, old, proximal, rows, rows_wanted, scale, surrogate
 from learner.measure import Metrics, by_lag, entropy_forecast, rollouts_by_lag
+from learner.methods.base import Ask
 from learner.methods.compose import Factors, Methods
-from learner.state import TrainState, make_state
+from learner.state import TrainState, constants, make_state
 from learner.table import Static, Table
 
 __all__ = ["StepReport", "TrainState", "make_state", "train_step"]
@@ -49,7 +49,7 @@ class StepReport:
     """`metrics` by names of common.metrics.GLOSSARY; `ask`: how the next aux tickets shall be."""
 
     metrics: Metrics
-    ask: dict[str, Any] | None = None
+    ask: Ask | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def train_step(
     if config.realised_every and state.t % config.realised_every == 0:
         metrics |= _realised(state, work, first.table, forecast)
     metrics |= state.law.metrics()
-    ask = _tell_methods(state, work.methods, metrics)
+    ask = _tell_methods(state, config, work.methods, metrics)
     state.t += 1
     metrics["train_s"] = time.perf_counter() - began
     return StepReport(metrics, ask)
@@ -137,7 +137,10 @@ def _advantages(batch: Batch, methods: Methods, config: LearnerConfig) -> np.nda
     """float64 [R]. Aux rows have no group to compare with: theirs is the reward itself."""
     main = batch.row_group < batch.main_groups
     value = batch.reward.copy()
-    value[main] = advantages(batch.reward[main], batch.row_group[main], config.advantage)
+    score = batch.correct if config.advantage == "psr_nsr" else batch.reward
+    value[main] = advantages(
+        score[main], batch.row_group[main], config.advantage, config.psr_weight
+    )
     factor = methods.scale_groups([item.group for item in batch.items[: batch.main_groups]])
     value[main] *= factor[batch.row_group[main]]
     return value
@@ -149,20 +152,26 @@ def _advantages(batch: Batch, methods: Methods, config: LearnerConfig) -> np.nda
 def _gradients(state: TrainState, work: _Work, update: int, lp: Tensor | None) -> _Pass:
     """Leave the gradient of this rank's share of the loss in the parameters. `lp` None: lp is l."""
     when = (state.seed, state.t, update)
-    table = None
-    if work.methods.needs_table:
+    table, of_row, wants_table = None, Rows(), work.methods.needs_table
+    if wants_table or rows_wanted(work.config, first=update == 0):
         logp, H, N = _columns(state, work)
         table = Table.join(work.static, logp, logp if lp is None else lp, H, N, when)
-        table = _with_surrogate(table, config=work.config)
         lp = table.lp
+    if lp is not None:
+        static, logp_now = work.static, None if table is None else table.logp
+        of_row = rows(logp_now, lp, static.lb, static.mask, static.row, work.config)
+    if wants_table and table is not None:
+        table = _with_surrogate(table, work.config, of_row)
     factors = work.methods.factors(
-        table, lambda weight: _coefficients(work, table, weight), state.methods_state
+        table if wants_table else None,
+        lambda weight: _coefficients(work, table, weight, of_row),
+        state.methods_state,
     )
     state.forget_gradients()
     seen = work.scale.new_zeros((5, work.scale.numel()))  # l, H, N, c, loss
     for micro in work.micros:
         made = seen.new_zeros((2, micro.tokens.numel()))  # c, loss
-        objective = _objective(work, micro, lp, factors, when, made)
+        objective = _objective(work, micro, lp, of_row, factors, when, made)
         scalar, columns = state.model(micro, objective)
         scalar.backward()
         seen[:, micro.tokens] = torch.cat([torch.stack(columns), made])
@@ -175,6 +184,7 @@ def _objective(
     work: _Work,
     micro: Micro,
     lp: Tensor | None,
+    of_row: Rows,
     factors: Factors,
     when: tuple[int, int, int],
     made: Tensor,
@@ -186,8 +196,9 @@ def _objective(
     here = micro.tokens
     static = work.static.take(here)
     share, extra_share = work.scale[here], work.extra_scale[here]
-    proximal = None if lp is None else lp[here]
+    start, of_row = None if lp is None else lp[here], of_row.take(here)
     weight = None if factors.weight is None else factors.weight[here]
+    bonus = share * factors.bonus if factors.where is None else _bonus(share, factors, here)
     plans = {name: plan[here] for name, plan in factors.plans.items()}
     uses_H = work.methods.has_extra or factors.bonus != 0
 
@@ -197,14 +208,15 @@ def _objective(
         part = slice(lo, hi)
         with torch.enable_grad():
             logp, H = logp.detach().requires_grad_(), H.detach().requires_grad_(uses_H)
-            old = logp.detach() if proximal is None else proximal[part]
-            table = Table.join(static.take(part), logp, old, H, N, when)
-            loss = _weighted(table, share[part], work.config, weight, part)
+            before = logp.detach() if start is None else start[part]
+            table = Table.join(static.take(part), logp, before, H, N, when)
+            own = None if weight is None else weight[part]
+            loss = _weighted(table, share[part], work.config, own, of_row.take(part))
             extra = work.methods.extra_loss(table, {k: p[part] for k, p in plans.items()})
             if extra is not None:
                 loss = loss + extra_share[part] * extra
             if factors.bonus:
-                loss = loss - share[part] * factors.bonus * H
+                loss = loss - bonus[part] * H
             wanted = (logp, H) if uses_H else (logp,)
             found = torch.autograd.grad(loss.sum(), wanted, allow_unused=True)
         g_logp = torch.zeros_like(logp) if found[0] is None else found[0]
@@ -215,30 +227,38 @@ def _objective(
 
 
 def _weighted(
-    table: Table, share: Tensor, config: LearnerConfig, weight: Tensor | None, part: slice
+    table: Table, share: Tensor, config: LearnerConfig, weight: Tensor | None, of_row: Rows
 ) -> Tensor:
     """[T]: every token's part of the total loss, under the methods' weights."""
-    loss = surrogate(table.logp, table.lp, table.lb, table.advantage, config)
-    return share * loss if weight is None else share * weight[part] * loss
+    lp = proximal(table.logp, table.lp, table.lb, table.lag, config)
+    loss = surrogate(table.logp, lp, table.lb, table.advantage, config, of_row)
+    return share * loss if weight is None else share * weight * loss
 
 
-def _with_surrogate(table: Table, config: LearnerConfig) -> Table:
+def _bonus(share: Tensor, factors: Factors, here: Tensor) -> Tensor:
+    """[tokens of a micro-batch]: the entropy bonus's coefficient in the total loss."""
+    assert factors.where is not None, "a bonus that is everywhere has no column"
+    return share * factors.bonus * factors.where[here]
+
+
+def _with_surrogate(table: Table, config: LearnerConfig, of_row: Rows) -> Table:
     """The table, and what the surrogate makes of its tokens before any method."""
     bare = msgspec.structs.replace(config, correction="none")
+    lp = proximal(table.logp, table.lp, table.lb, table.lag, config)
     with torch.enable_grad():
         leaf = table.logp.detach().requires_grad_()
-        loss = surrogate(leaf, table.lp, table.lb, table.advantage, bare)
+        loss = surrogate(leaf, lp, table.lb, table.advantage, bare, Rows(of_row.ratio))
         (slope,) = torch.autograd.grad(loss.sum(), leaf)
-    old = table.lb if config.loss == "ppo" else table.lp
-    return replace(table, old=old, push=-slope, w=correction(table.lp, table.lb, config))
+    w = correction(lp, table.lb, config) if of_row.w is None else of_row.w
+    return replace(table, old=old(lp, table.lb, config), push=-slope, w=w)
 
 
-def _coefficients(work: _Work, table: Table | None, weight: Tensor | None) -> Tensor:
+def _coefficients(work: _Work, table: Table | None, weight: Tensor | None, of_row: Rows) -> Tensor:
     """c_i = dLoss/dl_i [T] of the whole table under `weight`."""
     assert table is not None, "coefficients are asked for by methods with a table"
     with torch.enable_grad():
         leaf = replace(table, logp=table.logp.detach().requires_grad_())
-        loss = _weighted(leaf, work.scale, work.config, weight, slice(None))
+        loss = _weighted(leaf, work.scale, work.config, weight, of_row)
         (c,) = torch.autograd.grad(loss.sum(), leaf.logp)
     return c
 
@@ -305,14 +325,16 @@ def _sum(a: Metrics, b: Metrics) -> Metrics:
     return total
 
 
-def _tell_methods(state: TrainState, methods: Methods, metrics: Metrics) -> dict[str, Any] | None:
+def _tell_methods(
+    state: TrainState, config: LearnerConfig, methods: Methods, metrics: Metrics
+) -> Ask | None:
     """The methods' next states, and what they ask for. Times are left out: they never repeat."""
-    facts: dict[str, float] = {"t": float(state.t)}
+    facts = constants(state.model, config) | {"t": float(state.t)}
     for key, value in metrics.items():
         if key.endswith("_s"):
             continue
         nested: Mapping[str, float] = value if isinstance(value, dict) else {"": value}
         facts |= {f"{key}/{k}" if k else key: v for k, v in nested.items()}
     state.methods_state = methods.observe(state.methods_state, facts)
-    ask = methods.ask(facts, state.methods_state)
-    return None if ask is None else msgspec.to_builtins(ask)
+    state.ask = methods.ask(facts, state.methods_state)
+    return state.ask

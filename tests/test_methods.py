@@ -106,7 +106,7 @@ class Curious(Method, frozen=True, kw_only=True, tag="curious"):
     """Asks for warmer aux samples, and trains on the rewarded ones."""
 
     def ask(self, stats: Mapping[str, float], state: State) -> Ask:
-        return Ask(groups=2, temperature=1.0 + stats["entropy"] / 10)
+        return Ask(groups=2, temperature=1.0 + stats.get("entropy", 0.0) / 10)
 
     def extra_loss(self, table: Table, plan: Tensor | None) -> Tensor:
         return -(table.aux & (table.advantage > 0)).float() * table.logp
@@ -261,7 +261,7 @@ def test_aux_rows_meet_extra_losses_only() -> None:
     assert curious.metrics["grad_norm"] != pytest.approx(alone.metrics["grad_norm"], rel=1e-2)
     entropy = curious.metrics["entropy"]
     assert isinstance(entropy, float)
-    assert curious.ask == {"groups": 2, "temperature": pytest.approx(1.0 + entropy / 10)}
+    assert curious.ask == Ask(groups=2, temperature=1.0 + entropy / 10)
 
 
 def test_states_are_observed_once_a_step_and_used_in_the_next() -> None:

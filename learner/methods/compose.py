@@ -26,6 +26,7 @@ class Factors(msgspec.Struct, frozen=True):
 
     weight: Tensor | None = None  # float32 [T]; None: all 1
     bonus: float = 0.0  # coefficient of an entropy bonus
+    where: Tensor | None = None  # float32 [T]: its factor at every token; None: all 1
     plans: dict[str, Tensor] = {}
     effects: dict[str, effect.Value] = {}  # what each did, methods/NAME/…
 
@@ -41,6 +42,11 @@ class Methods:
         self._all = tuple(sorted((m for m in methods if not m.neutral), key=lambda m: m.name))
         self.needs_table = any(m.needs_table for m in self._all)
         self.has_extra = any(overrides(m, "extra_loss") for m in self._all)
+
+    def fits(self, max_entropy: float) -> None:
+        """Raises ConfigError for what no policy with entropies up to `max_entropy` can serve."""
+        for m in self._all:
+            m.fits(max_entropy)
 
     def initial(self) -> dict[str, State]:
         return {m.name: m.initial() for m in self._all}
@@ -72,19 +78,24 @@ class Methods:
                 plan = m.plan(table, alive)
                 if plan is not None:
                     plans[m.name] = _checked(m, "plan", plan, table)
-        bonus = 0.0
+                    effects |= _named(m, m.numbers(table, plan))
+        bonus, where = 0.0, None
         for m in self._with("govern"):
             c = coefficients(weight) if table is not None and m.needs_table else None
             answer = m.govern(table, c, states.get(m.name) or m.initial())
             if answer is None:
                 continue
-            bonus = answer.bonus
+            bonus, where = answer.bonus, answer.where
+            effects |= _named(m, answer.numbers)
+            if where is not None:
+                assert table is not None, f"{m.name!r} governs tokens without `needs_table`"
+                _checked(m, "govern", where, table)
             if answer.weight is not None:
                 assert table is not None, f"{m.name!r} governs tokens without `needs_table`"
                 own = _checked(m, "govern", answer.weight, table)
                 effects |= effect.weighed(m.name, own, table, alive)
                 weight = own if weight is None else weight * own
-        return Factors(weight, bonus, plans, effects)
+        return Factors(weight, bonus, where, plans, effects)
 
     def _weight(
         self, table: Table, effects: dict[str, effect.Value]
@@ -133,6 +144,10 @@ class Methods:
 
     def _with(self, hook: str) -> list[Method]:
         return [m for m in self._all if overrides(m, hook)]
+
+
+def _named(method: Method, numbers: Mapping[str, float]) -> dict[str, effect.Value]:
+    return {f"methods/{method.name}/{key}": value for key, value in numbers.items()}
 
 
 def _checked(method: Method, hook: str, answer: Tensor, table: Table) -> Tensor:
