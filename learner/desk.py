@@ -27,6 +27,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import msgspec
 import zmq
 
 from common import wire
@@ -52,6 +53,7 @@ from learner.config import LearnerConfig
 from learner.inbox import Selection, Usable, select
 from learner.leases import Leases, Peer
 from learner.ledger import Ledger
+from learner.methods.base import Ask
 from learner.outbox import Outbox
 from learner.prompts.stream import Draft, Prompts
 
@@ -61,6 +63,7 @@ T = TypeVar("T")
 DRAIN_MESSAGES = 64  # at most so many messages a turn, so that commits stay frequent
 COPIED_BYTES = 8192  # ZeroMQ reads so many at once; a view of a smaller message would hold them all
 TURN_MS = 200  # a turn comes at least so often, for leases and pulses
+NOTHING = Ask(groups=0, temperature=1.0)
 STOOD_STILL_S = 2.0  # a longer gap between two turns means that this process itself was stopped
 
 
@@ -78,14 +81,6 @@ class Actor:
     stats: dict[str, float] = field(default_factory=dict)
     invalid: int = 0  # invalid results in a row
     draining: bool = False
-
-
-@dataclass(slots=True)
-class Ask:
-    """What the methods want of aux tickets."""
-
-    groups: int = 0
-    temperature: float = 1.0
 
 
 class Desk:
@@ -110,7 +105,7 @@ class Desk:
         self.actors: dict[Peer, Actor] = {}
         self.counts: Counter[str] = Counter()  # refused messages by reason, verdicts, lost actors
         self.version = -1  # newest published
-        self.ask = Ask()
+        self.ask = NOTHING
         self._identity: dict[str, Any] = {"run": run_id, "incarnation": incarnation}
         self._digest = digest
         self._vocab_size = vocab_size
@@ -202,6 +197,12 @@ class Desk:
     def announce(self, version: int) -> None:
         """`version` is published: tokens may come from it, tickets may ask for it."""
         self.call(lambda: setattr(self, "version", version))
+
+    def want(self, ask: Ask) -> None:
+        """Aux tickets issued from now on are like this, and so many a step (`n_aux` at most)."""
+        wanted = msgspec.structs.replace(ask, groups=min(ask.groups, self.config.n_aux))
+        if wanted != self.ask:
+            self.call(lambda: setattr(self, "ask", wanted))
 
     def evaluate(self, label: str, problems: Sequence[Draft], min_version: int) -> None:
         """Ask those of `problems` that evaluation `label` has not asked yet, before anything
@@ -500,7 +501,9 @@ class Desk:
         }
 
     def _new_ticket(self, room: dict[str, int]) -> int | None:
-        """Issue the next ticket there is room for: evaluations first, then main, then aux."""
+        """Issue the next ticket there is room for: evaluations first, then aux, then main: an aux
+        group is trained on beside the main groups that come in after it.
+        """
         if self._evals:
             label, draft, version = self._evals.popleft()
             evaluation = self.config.eval
@@ -512,7 +515,7 @@ class Desk:
                 label=label,
                 min_version=version,
             )
-        for kind in ("main", "aux"):
+        for kind in ("aux", "main"):
             if room[kind] > 0:
                 room[kind] -= 1
                 return self._write_training_ticket(kind, room)

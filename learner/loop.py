@@ -37,7 +37,7 @@ from common.stores import open_store
 from common.versions import Registry, digest
 from learner import checkpoint, model
 from learner.config import LearnerConfig
-from learner.desk import Desk
+from learner.desk import NOTHING, Desk
 from learner.history import Past, catch_up, checkpoints, this_machine
 from learner.inbox import Selection
 from learner.ledger import Ledger
@@ -78,6 +78,7 @@ def learn(run: RunConfig, config: LearnerConfig, folder: RunFolder) -> str:
     """Train until the steps are done, the task is solved, or a signal says stop; returns which."""
     with ExitStack() as stack:
         it = _wire(run, config, folder, stack)
+        it.desk.want(it.state.ask or NOTHING)
         _publish(it)
         _evaluate(it, "before", it.config.eval.first and it.state.t == 0)
         ending = "" if it.state.t < it.config.steps else "done"
@@ -104,6 +105,7 @@ def _step(it: Learner, batch: Selection) -> str:
         consumed=batch.consumed,
         dropped=batch.dropped,
     )
+    it.desk.want(report.ask or NOTHING)
     it.desk.record(record)
     it.fail("after_step_record")
     t = it.state.t
