@@ -7,7 +7,10 @@ One message is one ZeroMQ frame, and the journal keeps groups in the very bytes 
 
 In the header an array stands as a map `{"d": dtype, "o": byte offset into the array part, "n":
 number of elements}` with dtype one of `i4`, `f4`, `u1`; decoding makes read-only views, it copies
-nothing. Everything else is ordinary MessagePack with string keys: any language can write an actor.
+nothing. A group has many segments, and one array for the tokens of all of them and one for their
+log-probabilities, rollout by rollout: these stand in its `columns`, and a segment's `tokens` and
+`logps` are their numbers of elements. Everything else is ordinary MessagePack with string keys: any
+language can write an actor.
 Fields at their default are left out and unknown ones are ignored, so fields can be added without a
 new PROTOCOL number; a changed meaning needs one.
 
@@ -21,7 +24,7 @@ from __future__ import annotations
 import math
 import struct
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 import numpy as np
@@ -36,8 +39,13 @@ Role = Literal["policy", "tool", "feedback", "hint"]
 Finish = Literal["stop", "length", "aborted"]
 Verdict = Literal["ack", "duplicate", "unknown", "refused"]
 
+# Structs say gc=False: they hold facts and never cycles, and a learner keeps so many that looking
+# through them again and again would take the garbage collector longer than decoding them.
+
 _I4, _F4, _U1 = np.dtype("<i4"), np.dtype("<f4"), np.dtype("u1")
 _DTYPES: dict[str, np.dtype[Any]] = {"i4": _I4, "f4": _F4, "u1": _U1}
+_set = msgspec.structs.force_setattr
+_NONE = np.zeros(0)
 _PADDING = [bytes(n) for n in range(8)]
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
@@ -92,6 +100,12 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=F
         _check_array("prompt", self.prompt, _I4)
 
 
+if TYPE_CHECKING:
+    Column = np.ndarray
+else:
+    Column = Any  # the header's count, until the group that came with it has its arrays
+
+
 class Segment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """A run of tokens with one author. `logps` are behaviour log-probabilities after temperature, 0
     where not sampled.
@@ -101,16 +115,17 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     """
 
     role: Role
-    tokens: np.ndarray  # int32 [T]
-    logps: np.ndarray  # float32 [T]
+    tokens: Column  # int32 [T]
+    logps: Column  # float32 [T]
     spans: tuple[tuple[int, int], ...]
     temperature: float = 1.0
     turn: int = 0
     mask: np.ndarray | None = None  # uint8 [T]
 
     def __post_init__(self) -> None:
-        _check_array("tokens", self.tokens, _I4)
-        _check_array("logps", self.logps, _F4)
+        if type(self.tokens) is not int:
+            _check_array("tokens", self.tokens, _I4)
+            _check_array("logps", self.logps, _F4)
         if self.mask is not None:
             _check_array("mask", self.mask, _U1)
 
@@ -180,6 +195,39 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
     stats: dict[str, float] = {}
 
 
+class Columns:
+    """The arrays of all segments of a group that was received: int32 and float32. Those of a group
+    that was made here are with its segments only, and this is empty.
+    """
+
+    __slots__ = ("logps", "received", "rollouts", "tokens")
+
+    def __init__(self, tokens: np.ndarray = _NONE, logps: np.ndarray = _NONE) -> None:
+        self.tokens, self.logps = tokens, logps
+        self.received = tokens is not _NONE
+        self.rollouts: tuple[Rollout, ...] = ()  # whose segments have these arrays
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Columns)  # equal segments have equal arrays, wherever they stand
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def deal(self, rollouts: tuple[Rollout, ...]) -> None:
+        """Give every segment its part. Raises ValueError when they do not add up."""
+        tokens, logps, i, j = self.tokens, self.logps, 0, 0
+        for rollout in rollouts:
+            for segment in rollout.segments:
+                m, n = segment.tokens, segment.logps
+                if type(m) is not int or type(n) is not int or m < 0 or n < 0:
+                    raise ValueError("the tokens and logps of a segment are counts")
+                _set(segment, "tokens", tokens[i : i + m])
+                _set(segment, "logps", logps[j : j + n])
+                i, j = i + m, j + n
+        if (i, j) != (tokens.size, logps.size):
+            raise ValueError(f"segments of {i}, {j} in columns of {tokens.size}, {logps.size}")
+        self.rollouts = rollouts
+
+
 class Group(Message, frozen=True, kw_only=True, tag="group"):
     """A finished ticket."""
 
@@ -192,6 +240,13 @@ class Group(Message, frozen=True, kw_only=True, tag="group"):
     source: str = ""
     actor: str = ""
     timings: dict[str, float] = {}
+    columns: Columns = msgspec.field(default_factory=Columns)  # last: encoded after the segments
+
+    def __post_init__(self) -> None:
+        if self.columns.received and not self.columns.rollouts:
+            self.columns.deal(self.rollouts)
+        elif any(isinstance(s.tokens, int) for r in self.rollouts for s in r.segments):
+            raise ValueError("a group without columns")
 
 
 class Failure(Message, frozen=True, kw_only=True, tag="failure"):
@@ -277,14 +332,16 @@ class Codec:
     def __init__(self, union: Any, max_bytes: int = MAX_FRAME_BYTES) -> None:
         self.max_bytes = max_bytes
         self._encoder = msgspec.msgpack.Encoder(enc_hook=self._reference)
-        self._decoder = msgspec.msgpack.Decoder(union, dec_hook=self._view)
+        self._decoder = msgspec.msgpack.Decoder(union, dec_hook=self._read)
         self._arrays: list[Any] = []  # and the padding between them
+        self._columns: dict[np.dtype[Any], list[np.ndarray]] | None = None  # of a group
         self._offset = 0
         self._body = memoryview(b"")
         self._views: dict[str, np.ndarray] = {}  # the body of the moment as one array, by dtype
 
     def encode(self, message: msgspec.Struct) -> bytearray:
         self._arrays, self._offset = [], 0
+        self._columns = {_I4: [], _F4: []} if isinstance(message, Group) else None
         header = self._encoder.encode(message)
         lead = self._HEADER.size + len(header)
         frame = bytearray().join(
@@ -317,18 +374,41 @@ class Codec:
             self._body = memoryview(b"")
             self._views.clear()
 
-    def _reference(self, value: Any) -> dict[str, Any]:
+    def _reference(self, value: Any) -> Any:
+        if isinstance(value, Columns):
+            assert self._columns is not None, "only a group has columns"
+            tokens, logps = self._columns[_I4], self._columns[_F4]
+            return {"tokens": self._lay(_I4, tokens), "logps": self._lay(_F4, logps)}
         if not isinstance(value, np.ndarray):
             raise TypeError(f"{type(value).__name__} cannot be sent")
-        reference = {"d": _CODES[value.dtype], "o": self._offset, "n": value.size}
-        self._arrays.append(value if value.flags.c_contiguous else np.ascontiguousarray(value))
-        if value.nbytes % 8:
-            self._arrays.append(_PADDING[-value.nbytes % 8])
-        self._offset = _aligned(self._offset + value.nbytes)
+        whole = value if value.flags.c_contiguous else np.ascontiguousarray(value)
+        if self._columns is not None and whole.dtype in self._columns:
+            self._columns[whole.dtype].append(whole)
+            return whole.size
+        return self._lay(whole.dtype, [whole])
+
+    def _lay(self, dtype: np.dtype[Any], pieces: list[np.ndarray]) -> dict[str, Any]:
+        """Put the pieces of one array into the body; its reference."""
+        size = sum([piece.size for piece in pieces])
+        reference = {"d": _CODES[dtype], "o": self._offset, "n": size}
+        padding = -size * dtype.itemsize % 8
+        self._arrays += pieces
+        self._arrays.append(_PADDING[padding])
+        self._offset += size * dtype.itemsize + padding
         return reference
 
-    def _view(self, kind: type, value: Any) -> np.ndarray:
-        if kind is not np.ndarray or not isinstance(value, dict):
+    def _read(self, kind: type, value: Any) -> np.ndarray | Columns:
+        if not isinstance(value, dict):
+            raise ValueError(f"expected an array reference, got {type(value).__name__}")
+        if kind is Columns:
+            tokens, logps = self._view(value.get("tokens")), self._view(value.get("logps"))
+            _check_array("tokens", tokens, _I4)
+            _check_array("logps", logps, _F4)
+            return Columns(tokens, logps)
+        return self._view(value)
+
+    def _view(self, value: Any) -> np.ndarray:
+        if not isinstance(value, dict):
             raise ValueError(f"expected an array reference, got {type(value).__name__}")
         code, offset, count = value.get("d"), value.get("o"), value.get("n")
         if code not in _DTYPES or type(offset) is not int or type(count) is not int:
@@ -361,8 +441,14 @@ def check_group(group: Group, ticket: Ticket, vocab_size: int, clock_version: in
         _check_length(rollout.segments, ticket.sampling.max_tokens)
     _check_rewards(group.rollouts)
     _check_spans(segments, clock_version)
-    _check_tokens(np.concatenate([segment.tokens for segment in segments]), vocab_size)
-    _check_logps(np.concatenate([segment.logps for segment in segments]))
+    columns = group.columns
+    if columns.rollouts is not group.rollouts:  # it was made here, not received
+        columns = Columns(
+            np.concatenate([segment.tokens for segment in segments]),
+            np.concatenate([segment.logps for segment in segments]),
+        )
+    _check_tokens(columns.tokens, vocab_size)
+    _check_logps(columns.logps)
 
 
 def _check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
@@ -425,6 +511,8 @@ def _rise(segment: Segment) -> bool:
 
 
 def _check_array(name: str, array: np.ndarray, dtype: np.dtype[Any]) -> None:
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{name} must be an array, not {type(array).__name__}")
     if (array.dtype is not dtype and array.dtype != dtype) or array.ndim != 1:
         raise ValueError(f"{name} must be a 1-D {dtype} array, not {array.ndim}-D {array.dtype}")
 

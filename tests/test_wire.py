@@ -70,11 +70,12 @@ def test_an_independent_msgpack_reads_a_group_without_our_code() -> None:
     header = msgpack.unpackb(frame[4 : 4 + length])
     body = frame[(4 + length + 7) // 8 * 8 :]
     assert header["type"] == "group"
-    reference = header["rollouts"][0]["segments"][0]["tokens"]
-    read = struct.unpack_from(f"<{reference['n']}i", body, reference["o"])
-    assert (reference["d"], read) == ("i4", (4, 5, 6))
-    logps = header["rollouts"][1]["segments"][0]["logps"]
-    assert struct.unpack_from("<1f", body, logps["o"]) == (-1.0,)
+    tokens, logps = header["columns"]["tokens"], header["columns"]["logps"]
+    read = struct.unpack_from(f"<{tokens['n']}i", body, tokens["o"])
+    counts = [rollout["segments"][0]["tokens"] for rollout in header["rollouts"]]
+    assert (tokens["d"], counts, read) == ("i4", [3, 1], (4, 5, 6, 7))
+    assert logps["d"] == "f4"
+    assert struct.unpack_from(f"<{logps['n']}f", body, logps["o"]) == (-1.0,) * 4
 
 
 def test_an_independent_msgpack_can_write_a_message_that_we_read() -> None:
@@ -96,9 +97,10 @@ def test_decoding_copies_no_array() -> None:
 @given(st.binary(max_size=200))
 def test_any_bytes_give_a_message_or_a_wire_error(frame: bytes) -> None:
     try:
-        ACTOR.decode(frame)
-    except WireError as error:
-        assert error.reason in ("malformed", "oversized")
+        message = ACTOR.decode(frame)
+    except WireError:
+        return
+    assert isinstance(message, wire.Message)
 
 
 @settings(max_examples=300, deadline=None)
