@@ -65,7 +65,7 @@ def test_adding_a_constant_to_log_probs_or_advantages_changes_no_covariance() ->
     t = random_table()
     c = ClipCov().covariance(t, t.main)
     for moved in (replace(t, logp=t.logp - 3), replace(t, advantage=t.advantage + 2)):
-        assert torch.allclose(ClipCov().covariance(moved, t.main), c)
+        assert torch.allclose(ClipCov().covariance(moved, t.main)[t.main], c[t.main])
 
 
 def test_the_window_is_open_at_both_ends() -> None:
@@ -117,5 +117,5 @@ def test_masked_tokens_enter_no_mean() -> None:
 
 
 def test_an_empty_window_is_refused() -> None:
-    with pytest.raises(ConfigError, match="clip_cov.low = 5 is not below high = 5"):
+    with pytest.raises(ConfigError, match=r"clip_cov\.low = 5 is not below high = 5"):
         ClipCov(low=5.0).check()

@@ -49,9 +49,7 @@ def test_the_golden_weights_come_out(dtype: torch.dtype) -> None:
     golden(weights(t, form="released"), "GV5.w_rel.8", dtype)
     golden(weights(t, form="released", lambda_min=0.7), "GV5.w_rel.7", dtype)
     golden(weights(t, form="released", map="linear"), "GV5.linear released", dtype)
-    golden(
-        weights(t, map="linear", lambda_min=0.8, lambda_max=1.2), "GV5.linear theorem", dtype
-    )
+    golden(weights(t, map="linear", lambda_min=0.8, lambda_max=1.2), "GV5.linear theorem", dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

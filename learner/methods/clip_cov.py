@@ -22,8 +22,8 @@ class ClipCov(Method, frozen=True, kw_only=True, tag="clip_cov"):
 
     C's sum over the tokens is the batch's covariance. The window holds mostly unlikely tokens with
     A < 0. Dropped tokens stay in the denominator. Which of the candidates go is a draw. Defaults
-    as released, where the scripts also open the clip range to [0, 2]. Raises DataError where C is
-    not finite.
+    as released, where the scripts also open the clip range to [0, 2]. Raises DataError where l or A
+    is not finite.
     """
 
     needs_table: ClassVar[bool] = True
@@ -55,10 +55,11 @@ class ClipCov(Method, frozen=True, kw_only=True, tag="clip_cov"):
 
     def candidates(self, table: Table, on: Tensor) -> Tensor:
         """bool [T]: tokens of `on` that may be dropped; C's means are over `on`."""
-        c = finite(self, "C", self.covariance(table, on), on, table)
+        c = self.covariance(table, on)
         return on & ~table.stopped & (c > self.low) & (c < self.high)
 
     def covariance(self, table: Table, on: Tensor) -> Tensor:
-        """float [T]: C, with the means over `on`."""
-        logp, advantage = moments(table.logp, on)[0], moments(table.advantage, on)[0]
-        return (table.logp - logp) * (table.advantage - advantage)
+        """float [T]: C, with the means over `on`; of no meaning outside it."""
+        logp = finite(self, "l", table.logp, on, table)
+        advantage = finite(self, "A", table.advantage, on, table)
+        return (logp - moments(logp, on)[0]) * (advantage - moments(advantage, on)[0])
