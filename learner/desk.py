@@ -16,6 +16,7 @@ until a commit succeeds; pulses go on.
 from __future__ import annotations
 
 import contextlib
+import gc
 import heapq
 import logging
 import os
@@ -120,7 +121,7 @@ class Desk:
         self._evals: deque[tuple[str, Draft, int]] = deque()  # label, problem, min_version
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._looks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._waits: list[tuple[Callable[[], Any], Future[Any]]] = []
+        self._waits: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._usable = {kind: Usable(kind) for kind in ("main", "aux")}
         self._issuing = True
         self._last_turn = self._last_pulse = time.monotonic()
@@ -135,6 +136,9 @@ class Desk:
         )
         self._stop = threading.Event()
         self._death: BaseException | None = None
+        # Modules and model stay. Groups come by thousands: whenever they made the garbage collector
+        # look at everything, it would look at all of that again, in whatever thread it struck.
+        gc.freeze()
         self._thread = threading.Thread(target=self._run, name="desk", daemon=True)
         self._thread.start()
 
@@ -595,8 +599,8 @@ class Desk:
                 future.set_exception(error)
 
     def _answer_waits(self) -> None:
-        waiting, self._waits = self._waits, []
-        for condition, future in waiting:
+        for _ in range(len(self._waits)):  # the same deque throughout: others append meanwhile
+            condition, future = self._waits.popleft()
             value = None if future.cancelled() else condition()
             if value is not None:
                 self._outbox.resolve(future, value)

@@ -47,7 +47,8 @@ class Entry:
 
     def admit(self, group: Group, order: int) -> None:
         self.group, self.order = group, order
-        self.oldest = min([r.oldest_version for r in group.rollouts], default=0)
+        versions = [v for r in group.rollouts for s in r.segments for _, v in s.spans]
+        self.oldest = min(versions, default=0)
 
     @property
     def item(self) -> Item:
