@@ -151,11 +151,11 @@ def _advantages(batch: Batch, methods: Methods, config: LearnerConfig) -> np.nda
 
 def _gradients(state: TrainState, work: _Work, update: int, lp: Tensor | None) -> _Pass:
     """Leave the gradient of this rank's share of the loss in the parameters. `lp` None: lp is l."""
-    when = (state.seed, state.t, update)
+    when, updates = (state.seed, state.t, update), work.config.updates_per_batch
     table, of_row, wants_table = None, Rows(), work.methods.needs_table
     if wants_table or rows_wanted(work.config, first=update == 0):
         logp, H, N = _columns(state, work)
-        table = Table.join(work.static, logp, logp if lp is None else lp, H, N, when)
+        table = Table.join(work.static, logp, logp if lp is None else lp, H, N, when, updates)
         lp = table.lp
     if lp is not None:
         static, logp_now = work.static, None if table is None else table.logp
@@ -176,7 +176,7 @@ def _gradients(state: TrainState, work: _Work, update: int, lp: Tensor | None) -
         scalar.backward()
         seen[:, micro.tokens] = torch.cat([torch.stack(columns), made])
     logp, H, N, c, loss = work.comm.gather(seen)
-    table = Table.join(work.static, logp, logp if lp is None else lp, H, N, when)
+    table = Table.join(work.static, logp, logp if lp is None else lp, H, N, when, updates)
     return _Pass(table, c, float(loss.double().sum()), factors.bonus, factors.effects)
 
 
@@ -194,7 +194,7 @@ def _objective(
     Notes dLoss/dl and the loss of every token in `made` [2, tokens].
     """
     here = micro.tokens
-    static = work.static.take(here)
+    static, updates = work.static.take(here), work.config.updates_per_batch
     share, extra_share = work.scale[here], work.extra_scale[here]
     start, of_row = None if lp is None else lp[here], of_row.take(here)
     weight = None if factors.weight is None else factors.weight[here]
@@ -209,7 +209,7 @@ def _objective(
         with torch.enable_grad():
             logp, H = logp.detach().requires_grad_(), H.detach().requires_grad_(uses_H)
             before = logp.detach() if start is None else start[part]
-            table = Table.join(static.take(part), logp, before, H, N, when)
+            table = Table.join(static.take(part), logp, before, H, N, when, updates)
             own = None if weight is None else weight[part]
             loss = _weighted(table, share[part], work.config, own, of_row.take(part))
             extra = work.methods.extra_loss(table, {k: p[part] for k, p in plans.items()})

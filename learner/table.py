@@ -59,6 +59,8 @@ class Table(Static):
         0,
     )  # seed of the run, step, update: what draws are made from
 
+    updates: int = 1  # that this step has
+
     # What the surrogate makes of every token, float32 [T]; None in the tables of micro-batches.
     old: Tensor | None = None  # the log-prob that its ratio divides by: lp, or lb
     push: Tensor | None = None  # -dL/dl of its own loss without w: A r, 0 where a clip stops it
@@ -73,9 +75,10 @@ class Table(Static):
         H: Tensor,
         N: Tensor,
         when: tuple[int, int, int] = (0, 0, 0),
+        updates: int = 1,
     ) -> Table:
         known = {f.name: getattr(static, f.name) for f in fields(Static)}
-        return cls(**known, logp=logp, lp=lp, H=H, N=N, when=when)
+        return cls(**known, logp=logp, lp=lp, H=H, N=N, when=when, updates=updates)
 
     @property
     def main(self) -> Tensor:

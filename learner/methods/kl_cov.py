@@ -1,0 +1,85 @@
+"""KL-Cov: hold back the few tokens of highest covariance. arXiv 2505.22617, section on KL-Cov."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import msgspec
+
+from common.config import NaturalInt, NotNegative
+from learner.methods.base import Method, finite, moments
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from learner.table import Table
+
+_INERT = 1e-6  # nearer to its anchor than this, a token is not pulled
+
+
+class KlCov(Method, frozen=True, kw_only=True, tag="kl_cov"):
+    """The max(1, ⌊ratio · tokens⌋) tokens with the largest C pay beta · |l - anchor|.
+
+        C_i = (l_i - mean l) (A_i - mean A)      over the update's tokens that are alive
+
+    The absolute log-ratio is what the released code takes for the KL divergence of the paper. They
+    take the surrogate without a clip beside it: `clip_low` and `clip_high` "none" in the recipe.
+
+    |.| has no gradient at 0, so with `anchor` proximal the method is inert on the first update of a
+    step, where l is the proximal log-prob. "auto" is proximal when a step has several updates, else
+    behaviour. The log has the share of the chosen tokens that are inert (`inert`). Raises DataError
+    where C is not finite.
+    """
+
+    needs_table: ClassVar[bool] = True
+
+    ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 2e-3  # of the tokens; 0: off
+    beta: NotNegative = 1.0
+    anchor: Literal["auto", "proximal", "behaviour"] = "auto"
+    anneal: NaturalInt = 0  # steps over which beta falls to 0 in a straight line; 0: it stays
+
+    @property
+    def neutral(self) -> bool:
+        return self.beta == 0 or self.ratio == 0
+
+    def plan(self, table: Table, alive: Tensor) -> Tensor:
+        """bool [T]: the tokens chosen."""
+        chosen = table.main.new_zeros(table.main.shape)
+        tokens = alive.nonzero().squeeze(1)
+        n = max(int(self.ratio * len(tokens)), 1)
+        covariance = finite(self, "C", self.covariance(table, alive), alive, table)
+        order = covariance[tokens].argsort(descending=True, stable=True)
+        chosen[tokens[order[:n]]] = True
+        return chosen
+
+    def covariance(self, table: Table, on: Tensor) -> Tensor:
+        """float [T]: C, with the means over `on`."""
+        logp, advantage = moments(table.logp, on)[0], moments(table.advantage, on)[0]
+        return (table.logp - logp) * (table.advantage - advantage)
+
+    def extra_loss(self, table: Table, plan: Tensor | None) -> Tensor | None:
+        if plan is None:
+            return None
+        # d|x|/dx is 0 at 0 in torch: a token that has not moved stays where it is
+        apart = (table.logp - self._anchor(table)).abs()
+        return self.beta_at(table) * apart.masked_fill(~plan.bool(), 0.0)
+
+    def beta_at(self, table: Table) -> float:
+        left = 1.0 if not self.anneal else max(0.0, 1.0 - table.when[1] / self.anneal)
+        return self.beta * left
+
+    def numbers(self, table: Table, plan: Tensor) -> Mapping[str, float]:
+        chosen = plan.bool()
+        near = (table.logp - self._anchor(table)).abs()[chosen] < _INERT
+        bad = (table.advantage < 0)[chosen]
+        n = max(1, int(chosen.sum()))
+        return {
+            "chosen": float(chosen.sum()),
+            "inert": float(near.sum()) / n,
+            "negative": float(bad.sum()) / n,
+        }
+
+    def _anchor(self, table: Table) -> Tensor:
+        to_proximal = self.anchor == "proximal" or (self.anchor == "auto" and table.updates > 1)
+        return table.lp.detach() if to_proximal else table.lb
