@@ -63,6 +63,7 @@ T = TypeVar("T")
 
 DRAIN_MESSAGES = 64  # at most so many messages a turn, so that commits stay frequent
 COPIED_BYTES = 8192  # ZeroMQ reads so many at once; a view of a smaller message would hold them all
+MOST_CREDIT = 4096  # of one actor: its grants and answers fit the socket's queue several times
 TURN_MS = 200  # a turn comes at least so often, for leases and pulses
 NOTHING = Ask(groups=0, temperature=1.0)
 STOOD_STILL_S = 2.0  # a longer gap between two turns means that this process itself was stopped
@@ -483,9 +484,9 @@ class Desk:
         """A heap of (minus its credit, connection)."""
         leased = self._leases.count()
         free = [
-            (leased[peer] - actor.capacity, peer)
+            (leased[peer] - credit, peer)
             for peer, actor in self.actors.items()
-            if not actor.draining and actor.capacity > leased[peer]
+            if not actor.draining and (credit := min(actor.capacity, MOST_CREDIT)) > leased[peer]
         ]
         heapq.heapify(free)
         return free

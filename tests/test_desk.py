@@ -188,6 +188,40 @@ def test_no_more_tickets_than_the_credit(counter: Counter) -> None:
     assert len(actor.grants(1)) == 1
 
 
+def test_thousands_of_credits_are_all_used_and_no_sign_of_a_dead_actor(tmp_path: Path) -> None:
+    many = LearnerConfig(groups_per_step=3000, group_size=2, max_lag=0, heartbeat_s=0.05)
+    counter = Counter(tmp_path, many)
+    try:
+        counter.desk.announce(0)
+        actor = counter.actor(capacity=10_000)
+        assert {grant.ticket.id for grant in actor.grants(3000)} == set(range(3000))
+        assert counter.desk.look(lambda: counter.desk.counts["lost"]) == 0
+    finally:
+        counter.close()
+
+
+def test_results_that_come_together_are_acknowledged_together_each_once(counter: Counter) -> None:
+    counter.desk.announce(0)
+    actor = counter.actor()
+    ids = set()
+    for grant in actor.grants(4):
+        ids.add(grant.ticket.id)
+        actor.say(result(grant.ticket))
+    acknowledged: list[int] = []
+    while len(acknowledged) < 4:
+        answer = actor.hear(wire.Answer)
+        assert answer.verdict == "ack"
+        acknowledged += [answer.ticket, *answer.also]
+    assert sorted(acknowledged) == sorted(ids)
+    assert [r.ticket for r in counter.records() if isinstance(r, Admit)] == acknowledged
+
+
+def test_no_wait_is_lost_while_the_desk_turns(counter: Counter) -> None:
+    counter.desk.announce(0)
+    for number in range(500):
+        assert counter.desk.wait(lambda: number, lambda: False) == number  # noqa: B023
+
+
 def test_no_more_tickets_than_the_lag_bound_allows(counter: Counter) -> None:
     counter.desk.announce(0)
     actor = counter.actor(capacity=99)

@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,25 @@ def test_a_commit_of_thousands_of_pieces_is_written_whole(tmp_path: Path) -> Non
         journal.append(record)
     journal.commit()
     assert records(tmp_path) == written
+
+
+def test_records_appended_while_others_are_written_are_all_there_in_order(tmp_path: Path) -> None:
+    written = some_records(3000)
+    journal = opened(tmp_path, segment_bytes=20_000)
+    with ThreadPoolExecutor(1) as disk:
+        commit = disk.submit(journal.commit)
+        positions = []
+        for record in written:
+            positions.append(journal.append(record))
+            if commit.done():
+                commit.result()
+                commit = disk.submit(journal.commit)
+    commit.result()
+    journal.close()
+    assert len(list(tmp_path.iterdir())) > 1
+    assert [
+        (position, record) for position, record in read(tmp_path) if not isinstance(record, Open)
+    ] == list(zip(positions, written, strict=True))
 
 
 def test_wherever_a_crash_cuts_the_file_the_records_before_the_cut_survive(tmp_path: Path) -> None:

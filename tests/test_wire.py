@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -128,6 +129,53 @@ def test_an_oversized_message_is_refused_on_both_sides() -> None:
 
 def test_an_honest_group_passes() -> None:
     wire.check_group(make_group([1, 0], version=3), make_ticket(), 32, 3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": 4},
+        {"tokens": -1},
+        {"tokens": "x"},
+        {"tokens": None},
+        {"logps": 2},
+        {"logps": {"d": "f4", "o": 0, "n": 3}},
+    ],
+)
+def test_counts_that_are_not_those_of_the_columns_are_malformed(change: dict[str, object]) -> None:
+    header, body = taken_apart(make_group([1], tokens=[[4, 5, 6]]))
+    header["rollouts"][0]["segments"][0] |= change
+    with pytest.raises(WireError, match="malformed"):
+        ACTOR.decode(put_together(header, body))
+
+
+def test_a_group_whose_columns_are_missing_or_of_another_type_is_malformed() -> None:
+    header, body = taken_apart(make_group([1], tokens=[[4, 5, 6]]))
+    columns = header.pop("columns")
+    swapped = {"tokens": columns["logps"], "logps": columns["tokens"]}
+    for rest in ({}, {"columns": {}}, {"columns": swapped}):
+        with pytest.raises(WireError, match="malformed"):
+            ACTOR.decode(put_together(header | rest, body))
+
+
+def test_a_group_keeps_its_masks_beside_its_columns_and_can_be_sent_on() -> None:
+    masked = make_segment(tokens=(4, 5, 6), mask=(1, 0, 1))
+    rollouts = (make_rollout(segments=(make_segment(), masked)), make_rollout())
+    group = make_group([1, 0], rollouts=rollouts)
+    heard = ACTOR.decode(ACTOR.encode(ACTOR.decode(ACTOR.encode(group))))
+    assert same(group, heard)
+    assert heard.rollouts[0].segments[1].loss_mask.tolist() == [True, False, True]
+
+
+def taken_apart(message: wire.Message) -> tuple[dict[str, Any], bytes]:
+    frame = bytes(ACTOR.encode(message))
+    (length,) = struct.unpack_from("<I", frame)
+    return msgpack.unpackb(frame[4 : 4 + length]), frame[(4 + length + 7) // 8 * 8 :]
+
+
+def put_together(header: dict[str, Any], body: bytes) -> bytes:
+    packed = msgpack.packb(header)
+    return struct.pack("<I", len(packed)) + packed + bytes(-(4 + len(packed)) % 8) + body
 
 
 LIES = {
