@@ -76,7 +76,7 @@ def test_a_process_reads_its_own_sections_and_tolerates_the_others(tmp_path: Pat
         ("lerner.lr=1", "lerner: unknown table; did you mean learner?"),
         ("learner.lr=fast", "learner.lr: expected a number, got a string"),
         ("learner.steps=1.5", "learner.steps: expected a whole number"),
-        ("learner.steps=0", "learner.steps: expected a whole number >= 1"),
+        ("learner.steps=-1", "learner.steps: expected a whole number >= 0"),
         ("learner.max_lag=-1", "learner.max_lag: expected a whole number >= 0"),
         ("learner.lr=0", "learner.lr: expected a number > 0"),
         ("actor.engine=vlm", "actor.engine: unknown 'vlm'; did you mean vllm?"),
