@@ -8,8 +8,8 @@ loopback:
              group commit
     streams  XADD of an entry a rollout, XREAD of one at a time: arrays as bytes in MessagePack
 
-All three senders have their bytes ready, and tickets are granted, before the clock starts. Ours runs
-in the sender, from its first result to its last acknowledgement, with at most WINDOW results
+All three senders have their bytes ready, and tickets are granted, before the clock starts. Ours
+runs in the sender, from its first result to its last acknowledgement, with at most WINDOW results
 unacknowledged; a trainer that has nothing to compute takes batches of them meanwhile.
 Rounds are interleaved, the medians of their ratios are held against the limits: `ratio_limit` =
 ours / bare, `ratio_redis_streams` = ours / streams, in bytes a second.
