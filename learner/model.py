@@ -23,6 +23,7 @@ from common.versions import Tensor as Blob
 from learner import attention, head
 from learner.batch import Micro
 from learner.config import LearnerConfig
+from learner.quick import quicken
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Settings that change logits after the head; none of them is part of our head.
@@ -37,6 +38,7 @@ class Policy(nn.Module):
         self.net: Any
         self.net = net.eval()
         self.net.set_attn_implementation(attention.NAME)
+        quicken(self.net.base_model)  # the head's products are learner.head's
         self._chunk, self._amp = config.head_chunk, config.dtype == "bf16"
 
     @property
