@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,9 +70,10 @@ class Bandit:
         arm, advantage = arm.reshape(-1), advantage.reshape(-1)
         lp = self._look(state, arm)[0].detach()
         before, predicted, effects = _mean_entropy(self.z, state[~aux]), 0.0, {}
-        for _ in range(self.updates):
+        for update in range(self.updates):
             logp, H, N = self._look(state, arm)
             table = make_table(logp, advantage, lp=lp, H=H, N=N, aux=aux, config=self.config)
+            table = replace(table, when=(self.seed, self.steps, update))
             factors, gradient, c = self._gradient(state, arm, table)
             predicted += self.lr * float((c * (table.S - table.N))[~aux].sum())
             effects = factors.effects

@@ -72,7 +72,7 @@ class Aepo(Method, frozen=True, kw_only=True, tag="aepo"):
     def temperature(self, entropy: float) -> float:
         if self.mode == "bang_bang":
             return self.high if entropy <= self.target else self.low
-        return min(max(1 + self.target - entropy, self.low), self.high)
+        return min(max(1 + (self.target - entropy), self.low), self.high)
 
     def initial(self) -> State:
         return {"entropy": None}

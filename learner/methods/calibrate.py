@@ -1,8 +1,9 @@
 """What a predicted entropy change is worth: realised = drift + slope · predicted, fitted on line.
 
 Adam and shared weights make the realised change a multiple of the first-order prediction, and add
-to it what no prediction knows. The fit is ridge regression with forgetting: the slope is drawn to a
-guess, the drift to 0. The slope stays within a band around the guess, so that it is positive.
+to it what no prediction knows: momentum, curvature, tokens that are not in the batch. The slope is
+that of a ridge regression with intercept and forgetting, drawn to a guess and kept within a band
+around it, so that it is positive. The drift follows what the slope leaves unexplained, faster.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import msgspec
 REACH = 0.1  # the guess: both flows together move the entropy by so much of itself in a step
 _MEMORY = 0.95  # weight of an observation, one observation later
 _SLOPE_PRIOR, _DRIFT_PRIOR = 2.0, 10.0  # in observations
+_PACE = 0.2  # share of an unexplained change that goes into the drift at once
 # Bounds of the slope, in guesses. A controller that works makes predictions and changes look
 # unrelated, so that the fit errs towards 0, where it would make the controller wild.
 _LEAST, _MOST = 0.25, 30.0
@@ -52,9 +54,9 @@ class Gain(msgspec.Struct, kw_only=True):
         for name, value in self._products(predicted, realised).items():
             setattr(self, name, _MEMORY * getattr(self, name) + w * value)
         square = self.xx / self.n
-        if square - (self.x / self.n) ** 2 < _VARIES * square:
-            return  # they do not vary: slope and drift cannot be told apart
-        self._fit(square)
+        if square - (self.x / self.n) ** 2 > _VARIES * square:  # else nothing tells the slope
+            self._fit(square)
+        self.drift += _PACE * w * (realised - self.drift - self.slope * predicted)
 
     @staticmethod
     def _products(x: float, y: float) -> dict[str, float]:
@@ -66,4 +68,3 @@ class Gain(msgspec.Struct, kw_only=True):
         right = self.xy + hold * self.prior
         slope = (a * right - b * self.y) / (a * d - b * b)
         self.slope = min(max(slope, self.prior * _LEAST), self.prior * _MOST)
-        self.drift = (self.y - self.x * self.slope) / a

@@ -15,9 +15,9 @@ token's entropy by η b Σ_v S_v², of which q (H + ln q)² is an unbiased estim
 sampled.
 
 The controller wants a change a step of p_gain · e + ∫, e = target - H, the integral i_gain · Σ e
-at rest while the answer is saturated or the target far away. Adam and shared weights rescale predictions, so the gain g
-between predicted and realised change, and the drift a that no prediction explains, are fitted as
-the run goes (`calibrate.py`): ΔH* = (p_gain · e + ∫ - a) / g.
+at rest while the answer is saturated or the target far away. Adam and shared weights rescale
+predictions, so the gain g between predicted and realised change, and the drift a that no prediction
+explains, are fitted as the run goes (calibrate.py): ΔH* = (p_gain · e + ∫ - a) / g.
 """
 
 from __future__ import annotations
@@ -44,14 +44,11 @@ _LEAK = 0.95  # of the integral, a step, while there is nothing to do
 class Flows(NamedTuple):
     """Per unit of learning rate, as a mean per token."""
 
-    raises: Tensor  # bool [T]
-    lowers: Tensor  # bool [T]
-    up: float
+    raises: Tensor  # bool [T]: weights may tilt it
+    lowers: Tensor  # bool [T]: the same
+    both: float  # size of what may be tilted
+    up: float  # of all tokens
     down: float
-
-    @property
-    def both(self) -> float:
-        return self.up + self.down
 
 
 class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
@@ -69,8 +66,8 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         open      where the policy is undecided: H / mean H
         early     at the beginning of answers: falls to e^-2 of it towards their end
 
-    The preset "opefo" is OPEFO (entropy-flow balance) alone: ΔH* = 0 and no other knob. lambda_max = 0
-    without a bonus is exactly GRPO; zero error is not: it is the balanced flow.
+    The preset "opefo" is OPEFO (entropy-flow balance) alone: ΔH* = 0 and no other knob.
+    lambda_max = 0 without a bonus is exactly GRPO; zero error is not: it is the balanced flow.
     """
 
     needs_table: ClassVar[bool] = True
@@ -82,10 +79,11 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
     changes: tuple[tuple[NaturalInt, Positive], ...] = ()  # (step, target from that step on)
     lambda_max: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     bonus_max: NotNegative = 1.0
+    tilted: Literal["all", "good"] = "all"  # the tokens that λ weighs; good: those with A > 0
     allocation: Literal["uniform", "quiet", "open", "early"] = "quiet"
-    p_gain: Positive = 0.05  # share of the error to close in a step
+    p_gain: Positive = 0.08  # share of the error to close in a step
     i_gain: NotNegative = 0.001
-    brake: NotNegative = 0.1  # floor, ceiling: share of the target before it where λ may brake
+    brake: NotNegative = 0.5  # floor, ceiling: share of the target before it where λ may brake
 
     def check(self) -> None:
         steps = [step for step, _ in self.changes]
@@ -109,14 +107,15 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         assert table is not None
         assert c is not None
         change = finite(self, "dH", c * (table.S - table.N), table.main, table)
-        flows, entropy = _flows(change), _mean(table.H, table)
+        which = table.main if self.tilted == "all" else table.advantage > 0
+        flows, entropy = _flows(change, which), _mean(table.H, table)
         target = self.target_at(table.when[1]) * self._unit(state, entropy)
         error = target - entropy
         numbers = {"target": target, "error": error, "up": flows.up, "down": flows.down}
         if self.preset == "opefo" and flows.both > 0:
             balance = (flows.down - flows.up) / flows.both
             return Governed(_weight(flows, balance), numbers=numbers | {"lambda": balance})
-        if flows.both == 0 or self._is_idle(error / target):
+        if flows.up + flows.down == 0 or self._is_idle(error / target):
             return Governed(numbers=numbers | {"lambda": 0.0, "saturated": 0.0, "active": 0.0})
         return self._answer(table, flows, self._wanted(error, flows, entropy, state), numbers)
 
@@ -140,7 +139,8 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         change = self.p_gain * error + state["integral"]
         gain = Gain.of(state["gain"])
         if gain is None:  # nothing seen yet: what both flows together do is a guess
-            return change * flows.both / (REACH * entropy) if entropy > 0 else 0.0
+            flow = flows.up + flows.down
+            return change * flow / (REACH * entropy) if entropy > 0 else 0.0
         return float((change - gain.drift) / (gain.slope * state["rate"]))
 
     def _answer(
@@ -148,9 +148,9 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
     ) -> Governed:
         least = 0.0 if self.mode == "floor" else -self.lambda_max
         most = 0.0 if self.mode == "ceiling" else self.lambda_max
-        balance = (wanted + flows.down - flows.up) / flows.both
-        tilt = min(max(balance, least), most)
-        missing = (balance - tilt) * flows.both
+        short = wanted + flows.down - flows.up
+        tilt = min(max(short / flows.both, least), most) if flows.both > 0 else 0.0
+        missing = short - tilt * flows.both
         bonus, push, where = 0.0, 0.0, None
         if missing > 0 and self.bonus_max > 0 and self.mode != "ceiling":
             where = self._allocate(table)
@@ -158,7 +158,9 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
             bonus = min(missing / each, self.bonus_max) if each > 0 else self.bonus_max
             push = bonus * each
         left = missing - push
-        saturated = 0.0 if abs(left) <= 1e-6 * flows.both else 1.0 if left > 0 else -1.0
+        saturated = (
+            0.0 if abs(left) <= 1e-6 * (flows.up + flows.down) else 1.0 if left > 0 else -1.0
+        )
         numbers |= {"lambda": tilt, "push": push, "wanted": wanted, "saturated": saturated}
         weight = None if tilt == 0 else _weight(flows, tilt)
         return Governed(weight, bonus, where, numbers | {"active": 1.0})
@@ -244,11 +246,12 @@ def _mean(values: Tensor, table: Table) -> float:
     return float(chosen.mean()) if len(chosen) else 0.0
 
 
-def _flows(change: Tensor) -> Flows:
-    """`change` [T]: c (S - N), 0 where it does not count."""
-    raises, lowers = change > 0, change < 0
-    up, down = change[raises].double().sum(), -change[lowers].double().sum()
-    return Flows(raises, lowers, float(up), float(down))
+def _flows(change: Tensor, which: Tensor) -> Flows:
+    """`change` [T]: c (S - N), 0 where it does not count. `which` bool [T]: may be tilted."""
+    up, down = change.double().clamp(min=0).sum(), -change.double().clamp(max=0).sum()
+    both = change[which].double().abs().sum()
+    raises, lowers = which & (change > 0), which & (change < 0)
+    return Flows(raises, lowers, float(both), float(up), float(down))
 
 
 def _weight(flows: Flows, tilt: float) -> Tensor:

@@ -1,0 +1,384 @@
+"""Isentropic: the balance, the controller, the calibration; and that it holds what it is told."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from common import recipe
+from common.config import RunConfig
+from common.errors import ConfigError, DataError
+from learner import checkpoint
+from learner.config import LearnerConfig
+from learner.methods.adaptive_entropy import AdaptiveEntropy
+from learner.methods.base import Governed, State
+from learner.methods.calibrate import REACH, Gain
+from learner.methods.isentropic import Isentropic
+from learner.methods.steer import Steer
+from learner.model import Policy
+from learner.state import state_of
+from learner.step import train_step
+from learner.table import Table
+from tests.builders import tiny_model
+from tests.tables import GOLDEN, golden, make_table, random_table
+from tests.test_methods import bits, train
+from tests.test_step import a_batch
+from tests.toy import Bandit
+
+OPEFO = Isentropic(preset="opefo")
+
+
+def slopes(table: Table) -> Tensor:
+    """c of the plain surrogate under a token mean."""
+    assert table.push is not None
+    return -table.push / int(table.main.sum())
+
+
+def answer(method: Isentropic, table: Table, state: State | None = None) -> Governed:
+    return method.govern(table, slopes(table), state or method.initial())
+
+
+def predicted(table: Table, weight: Tensor | None) -> float:
+    each = slopes(table) * (table.S - table.N) * (1 if weight is None else weight)
+    return float(each[table.main].sum())
+
+
+def holding(target: float, **knobs: Any) -> Isentropic:
+    return Isentropic(target=target, unit="nats", **knobs)
+
+
+def entropy(table: Table) -> float:
+    return float(table.H[table.main].mean())
+
+
+# ---- the balance -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_opefo_balances_the_flows_with_the_golden_factor(dtype: torch.dtype) -> None:
+    q = torch.tensor([0.0320586, 0.25, 0.980187, 0.471684, 0.00340103, 0.000744582]).double()
+    N = torch.tensor([0.168817, 0, 0.0945386, 0.0183016, 0.0548578, 0.00372792]).double()
+    t = make_table(q.log(), [-1, 1, -1, 1, -1, 1], H=GOLDEN["GV9.H"], N=N, dtype=dtype)
+    dH = -1e-3 * slopes(t) * 6 * (t.S - t.N)  # a loss of -A l a token
+    golden(-dH, "GV9.dH", torch.float32)  # N and q are rounded to six digits
+    found = answer(OPEFO, t)
+    assert found.numbers["lambda"] == pytest.approx(GOLDEN["GV9.opefo"], rel=1e-4)
+    assert found.weight is not None
+    assert predicted(t, found.weight) == pytest.approx(0, abs=1e-6)
+
+
+def test_raising_tokens_weigh_more_and_lowering_ones_less() -> None:
+    t = random_table()
+    found = answer(holding(entropy(t) + 1e-9, mode="hold"), t)
+    tilt, raises = found.numbers["lambda"], slopes(t) * (t.S - t.N) > 0
+    assert found.weight is not None
+    assert 0 < abs(tilt) <= 0.5
+    moves = t.main & (t.push != 0)
+    assert torch.allclose(found.weight[moves & raises], torch.tensor(1 + tilt))
+    assert torch.allclose(found.weight[moves & ~raises], torch.tensor(1 - tilt))
+    assert (found.weight[~t.main] == 1).all()
+
+
+def test_at_the_target_the_prediction_is_balanced_not_that_of_grpo() -> None:
+    t = random_table()
+    found = answer(holding(entropy(t), mode="hold", lambda_max=1.0), t)
+    assert predicted(t, None) != pytest.approx(0, abs=1e-4)
+    assert predicted(t, found.weight) == pytest.approx(0, abs=1e-6)
+
+
+def test_only_tokens_of_good_answers_are_tilted_where_that_is_wanted() -> None:
+    t = random_table()
+    found = answer(holding(entropy(t), mode="hold", tilted="good"), t)
+    assert found.weight is not None
+    assert (found.weight[t.advantage < 0] == 1).all()
+    assert t.push is not None
+    assert (found.weight[t.main & (t.advantage > 0) & (t.push != 0)] != 1).all()
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "quiet", "open", "early"])
+def test_what_the_weights_cannot_supply_comes_from_a_bounded_bonus(allocation: Any) -> None:
+    t = random_table()
+    t = replace(t, push=torch.sign(t.S - t.N))  # all of it lowers the entropy
+    most: dict[str, Any] = {"mode": "floor", "lambda_max": 0.1, "allocation": allocation}
+    found = answer(holding(entropy(t), bonus_max=1e9, **most), t)
+    assert found.numbers["lambda"] == 0.1
+    assert found.numbers["saturated"] == 0
+    each = t.logp.exp() * (t.H + t.logp) ** 2
+    where = torch.ones_like(each) if found.where is None else found.where
+    assert float(where[t.main].mean()) == pytest.approx(1.0)
+    push = found.bonus * float((where * each)[t.main].mean())
+    assert predicted(t, found.weight) + push == pytest.approx(0, abs=1e-6)
+    bounded = answer(holding(entropy(t), bonus_max=1e-3, **most), t)
+    assert (bounded.bonus, bounded.numbers["saturated"]) == (1e-3, 1.0)
+
+
+def test_the_sampled_token_estimates_what_a_bonus_does_without_bias() -> None:
+    log_p = torch.tensor([2.0, 1.0, 0.0, -1.0]).double().log_softmax(0)
+    p = log_p.exp()
+    H = -(p * log_p).sum()
+    each = p * (H + log_p) ** 2  # of the token drawn
+    S = p * (H + log_p)
+    assert torch.allclose((p * each).sum(), (S**2).sum())
+
+
+def test_the_quiet_allocation_prefers_small_advantages_and_the_early_one_first_tokens() -> None:
+    t = random_table()
+    quiet = holding(1.0, allocation="quiet")._allocate(t)
+    assert quiet is not None
+    order = t.advantage.abs()[t.main].argsort()
+    assert (quiet[t.main][order].diff() <= 1e-12).all()
+    early = holding(1.0, allocation="early")._allocate(random_table(mask=True))
+    assert early is not None
+    assert torch.allclose(early[:5] / early[0], (-2 * torch.arange(5) / 4).exp().double())
+
+
+# ---- the three modes ---------------------------------------------------------------------------
+
+
+def test_a_floor_is_grpo_above_its_brake_zone_and_never_lowers_the_entropy() -> None:
+    t = random_table()
+    for share in (0.1, 0.6):
+        idle = answer(holding(share * entropy(t)), t)
+        assert (idle.weight, idle.bonus) == (None, 0.0)
+    for share in (0.7, 1.0, 2.0):
+        assert answer(holding(share * entropy(t)), t).numbers["lambda"] >= 0
+
+
+def test_a_ceiling_is_grpo_below_it_and_never_raises_the_entropy() -> None:
+    t = random_table()
+    idle = answer(holding(10 * entropy(t), mode="ceiling"), t)
+    assert (idle.weight, idle.bonus) == (None, 0.0)
+    found = answer(holding(0.1 * entropy(t), mode="ceiling"), t)
+    assert found.numbers["lambda"] < 0
+    assert found.bonus == 0
+
+
+# ---- the controller ----------------------------------------------------------------------------
+
+
+def facts(error: float = 0.0, target: float = 1.0, **own: float) -> dict[str, float]:
+    numbers = {"target": target, "error": error, "up": 1.0, "down": 1.0, "lambda": 0.1}
+    numbers |= {"push": 0.0, "saturated": 0.0, "active": 1.0, **own}
+    return {f"methods/isentropic/{k}": v for k, v in numbers.items()} | {
+        "entropy": target - error,
+        "entropy_predicted": 0.0,
+        "lr": 0.1,
+        "updates": 1.0,
+        "max_entropy": 9.0,
+    }
+
+
+def integral(*steps: dict[str, float]) -> float:
+    method = holding(1.0, i_gain=0.01)
+    state = method.initial()
+    for step in steps:
+        state = method.observe(state, step)
+    return float(state["integral"])
+
+
+def test_the_integral_adds_up_small_errors_and_rests_while_saturated_or_far_away() -> None:
+    assert integral(facts(0.1), facts(0.1)) == pytest.approx(0.002)
+    assert integral(facts(0.1), facts(0.1, saturated=1.0)) == pytest.approx(0.001)
+    assert integral(facts(0.1), facts(-0.1, saturated=1.0)) == pytest.approx(0.0)
+    assert integral(facts(0.1), facts(0.5)) == pytest.approx(0.001)
+    assert integral(facts(0.1), facts(0.1, active=0.0)) == pytest.approx(0.00095)
+    assert integral(*[facts(0.19)] * 500) == pytest.approx(0.04)  # half the target, times p_gain
+
+
+def test_a_new_target_starts_a_new_integral() -> None:
+    assert integral(facts(0.1), facts(0.1, target=0.9)) == 0.0
+
+
+def test_targets_change_at_the_steps_that_were_named() -> None:
+    method = Isentropic(target=0.5, changes=((3, 1.0), (7, 0.25)))
+    assert [method.target_at(t) for t in (0, 2, 3, 6, 7, 99)] == [0.5, 0.5, 1, 1, 0.25, 0.25]
+    with pytest.raises(ConfigError, match=r"steps \[7, 3\] must rise"):
+        Isentropic(changes=((7, 1.0), (3, 0.5))).check()
+
+
+def test_a_relative_target_is_that_of_the_first_step() -> None:
+    t = random_table()
+    method = Isentropic(target=0.5)
+    assert answer(method, t).numbers["target"] == pytest.approx(0.5 * entropy(t))
+    started = method.initial() | {"start": 3.0}
+    assert answer(method, t, started).numbers["target"] == 1.5
+
+
+def test_the_step_that_is_wanted_follows_gain_and_drift() -> None:
+    t = random_table()
+    method = holding(entropy(t) + 0.1, mode="hold", lambda_max=1.0, bonus_max=0.0)
+    gain = Gain(prior=2.0, slope=4.0, drift=-0.003)
+    state = method.initial() | {"gain": gain.state(), "rate": 0.5, "integral": 0.001}
+    found = answer(method, t, state).numbers["wanted"]
+    assert found == pytest.approx((0.08 * 0.1 + 0.001 + 0.003) / (4.0 * 0.5))
+
+
+# ---- the calibration ---------------------------------------------------------------------------
+
+
+def test_gain_and_drift_are_found_from_what_happened() -> None:
+    gain = Gain.guess(entropy=1.0, flow=REACH / 50)  # 50
+    assert gain is not None
+    assert gain.slope == 50
+    rng = torch.Generator().manual_seed(0)
+    for x in torch.randn(200, generator=rng).tolist():
+        gain.add(1e-3 * x, 120 * 1e-3 * x - 0.02, same_tokens=True)
+    assert gain.slope == pytest.approx(120, rel=0.15)
+    assert gain.drift == pytest.approx(-0.02, rel=0.2)
+
+
+def test_the_gain_stays_positive_and_moves_only_when_predictions_vary() -> None:
+    gain = Gain(prior=10.0, slope=10.0)
+    for _ in range(50):
+        gain.add(1.0, -5.0, same_tokens=True)
+    assert gain.slope == 10.0
+    assert gain.drift < -10
+    for x in (1.0, -1.0) * 50:
+        gain.add(x, -5.0 * x, same_tokens=True)
+    assert gain.slope == 2.5
+    assert Gain.guess(0.5, 0.0) is None
+
+
+def test_changes_between_batches_count_less_than_those_on_the_same_tokens() -> None:
+    gains = [Gain(prior=1.0, slope=1.0) for _ in range(2)]
+    for gain, same in zip(gains, (True, False), strict=True):
+        for x in (1.0, -1.0, 2.0):
+            gain.add(x, 3 * x, same_tokens=same)
+    assert gains[0].slope > gains[1].slope > 1
+
+
+# ---- in a step ---------------------------------------------------------------------------------
+
+
+def test_without_weights_and_bonus_it_is_the_empty_list_bit_for_bit() -> None:
+    plain = bits(train([], realised_every=1)[0])
+    off = Isentropic(lambda_max=0.0, bonus_max=0.0)
+    assert off.neutral
+    assert bits(train([off], realised_every=1)[0]) == plain
+    high = holding(1e-6)  # far below: a floor that has nothing to do
+    assert bits(train([high], realised_every=1)[0]) == plain
+    assert bits(train([holding(3.0)], realised_every=1)[0]) != plain
+    assert bits(train([OPEFO], realised_every=1)[0]) != plain
+
+
+def test_neither_order_nor_micro_batches_matter() -> None:
+    pair = (holding(3.2), Steer())
+    own: dict[str, Any] = {"loss": "decoupled_ppo", "updates_per_batch": 2}
+    assert bits(train(pair, **own)[0]) == bits(train(pair[::-1], **own)[0])
+    ends = [train(pair, steps=1, tokens_per_micro=n, **own)[1].metrics for n in (16, 10_000)]
+    for name in ("loss", "grad_norm", "entropy_bonus", "methods/isentropic/lambda"):
+        assert ends[0][name] == pytest.approx(ends[1][name], rel=1e-3), name
+
+
+def test_no_gradient_flows_through_the_weights() -> None:
+    t = random_table()
+    leaves = {k: getattr(t, k).clone().requires_grad_() for k in ("logp", "H", "N")}
+    with torch.no_grad():
+        found = answer(holding(2 * entropy(t)), replace(t, **leaves))
+    assert found.weight is not None
+    assert not found.weight.requires_grad
+    assert found.where is not None
+    assert not found.where.requires_grad
+
+
+def test_masked_tokens_never_matter_and_a_broken_one_is_refused_by_name() -> None:
+    t = random_table()
+    nothing = torch.full_like(t.logp, float("nan"))
+    filled = {k: torch.where(t.main, getattr(t, k), nothing) for k in ("logp", "H", "N", "push")}
+    method = holding(2 * entropy(t))
+    found, clean = answer(method, replace(t, **filled)), answer(method, t)
+    assert found.numbers == clean.numbers
+    assert found.where is not None
+    assert torch.isfinite(found.where).all()
+    at = int(t.main.nonzero()[3])
+    H = t.H.clone()
+    H[at] = float("nan")
+    with pytest.raises(DataError, match=rf"'isentropic', dH: nan .* ticket {int(t.ticket[at])}"):
+        answer(method, replace(t, H=H))
+
+
+def test_a_batch_without_a_token_to_train_on_is_fine() -> None:
+    t = random_table(mask=False)
+    for method in (OPEFO, Isentropic(), holding(1.0, mode="hold")):
+        found = method.govern(t, torch.zeros_like(t.logp), method.initial())
+        assert (found.weight, found.bonus) == (None, 0.0)
+
+
+def test_its_state_is_checkpointed_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    config = LearnerConfig(methods=(Isentropic(target=1.05, mode="hold"),), realised_every=2)
+
+    def fresh() -> Any:
+        return state_of(Policy(tiny_model(), config), RunConfig(), config)
+
+    whole, first, second = fresh(), fresh(), fresh()
+    for seed in range(6):
+        train_step(whole, a_batch(seed), config)
+    for seed in range(3):
+        train_step(first, a_batch(seed), config)
+    checkpoint.save(tmp_path / "c", first, b"")
+    checkpoint.load(tmp_path / "c", second)
+    assert second.methods_state["isentropic"]["gain"] is not None
+    for seed in range(3, 6):
+        train_step(second, a_batch(seed), config)
+    assert second.methods_state == whole.methods_state
+    assert bits(second) == bits(whole)
+
+
+def test_impossible_targets_and_a_second_owner_are_refused() -> None:
+    def start(*methods: Any) -> Any:
+        config = LearnerConfig(methods=methods, warmup_steps=0)
+        config.check()
+        return state_of(Policy(tiny_model(), config), RunConfig(), config), config
+
+    above = math.log(32) + 0.1
+    with pytest.raises(ConfigError, match=r"'isentropic': target = 3\.56574 nats is above"):
+        start(holding(above))
+    with pytest.raises(ConfigError, match=r"'isentropic': target = 3\.56574 nats is above"):
+        start(holding(1.0, changes=((5, above),)))
+    state, config = start(Isentropic(target=50.0, mode="hold"))
+    with pytest.raises(ConfigError, match="target = 50 times the starting entropy is"):
+        train_step(state, a_batch(), config)
+    with pytest.raises(ConfigError, match="both want to govern"):
+        start(Isentropic(), AdaptiveEntropy())
+
+
+def test_its_recipes_are_the_method_and_the_preset() -> None:
+    for name, preset in (("isentropic", None), ("opefo", "opefo")):
+        (found,) = recipe.load_all(name)["learner"].methods  # type: ignore[attr-defined]
+        assert isinstance(found, Isentropic)
+        assert found.preset == preset
+
+
+# ---- what it is for ----------------------------------------------------------------------------
+
+
+def miss(bandit: Bandit, share: float, last: int = 30) -> float:
+    """Mean |H - target| / target over the last steps."""
+    target = share * bandit.entropy[0]
+    return sum(abs(h - target) / target for h in bandit.entropy[-last:]) / last
+
+
+@pytest.mark.parametrize("mode", ["floor", "hold"])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_it_holds_a_share_of_the_starting_entropy_on_the_bandit(mode: Any, share: float) -> None:
+    held = Bandit([Isentropic(target=share, mode=mode)]).run(110)
+    assert miss(held, share) < 0.04
+    assert held.success > 0.5
+
+
+def test_grpo_on_the_same_bandit_does_not_and_opefo_only_stays_where_it_is() -> None:
+    assert Bandit().run(76).entropy[75] < 0.25
+    stays = Bandit([OPEFO]).run(76).entropy
+    assert stays[75] == pytest.approx(stays[0], rel=0.05)
+
+
+def test_a_target_that_changes_mid_run_is_followed() -> None:
+    bandit = Bandit([Isentropic(target=1.0, mode="hold", changes=((40, 0.6),))]).run(40)
+    assert miss(bandit, 1.0, last=15) < 0.04
+    assert miss(bandit.run(60), 0.6, last=20) < 0.06
