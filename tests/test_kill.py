@@ -73,27 +73,28 @@ def test_a_run_killed_three_times_at_random_moments_ends_bit_equal_to_its_replay
     tmp_path: Path,
 ) -> None:
     folder, rng = tmp_path / "run", random.Random(5)
-    process = runs.begin(folder, learner__steps="14")
+    process = runs.begin(folder, learner__steps="60", learner__checkpoint_every="5")
     for _ in range(3):
-        wait_for_step(folder, rng.randint(1, 3), process)
-        time.sleep(rng.random())  # anywhere within a step
+        wait_for_step(folder, rng.randint(1, 3))
+        time.sleep(rng.random() / 4)  # anywhere within a step
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(10)
         process = runs.begin(folder, resume=True)
     assert runs.end(process) == 0, runs.said(folder)[-2000:]
-    assert runs.summary(folder)["steps"] == 14
+    assert runs.summary(folder)["steps"] == 60
     assert runs.promises_kept(folder)
     again = runs.replay(folder)
-    assert (again["steps"], again["equal"]) == (14, 14)
+    assert (again["steps"], again["equal"]) == (60, 60)
 
 
-def wait_for_step(folder: Path, more: int, process: object = None) -> None:
+def wait_for_step(folder: Path, more: int) -> None:
     """Until the live status is `more` steps further than when first seen in this life."""
     first, began = None, time.time()
     until = time.monotonic() + 90
     while time.monotonic() < until:
         status = read_status(folder)
         if status is not None and status.at > began and status.phase in ("waiting", "training"):
+            assert status.step < status.steps, "the run was over before it could be killed"
             first = status.step if first is None else first
             if status.step >= first + more:
                 return
