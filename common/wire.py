@@ -123,7 +123,8 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     mask: np.ndarray | None = None  # uint8 [T]
 
     def __post_init__(self) -> None:
-        if type(self.tokens) is not int:
+        tokens: Any = self.tokens
+        if type(tokens) is not int:  # a count, until the group deals its arrays
             _check_array("tokens", self.tokens, _I4)
             _check_array("logps", self.logps, _F4)
         if self.mask is not None:
@@ -217,7 +218,8 @@ class Columns:
         tokens, logps, i, j = self.tokens, self.logps, 0, 0
         for rollout in rollouts:
             for segment in rollout.segments:
-                m, n = segment.tokens, segment.logps
+                m: Any = segment.tokens  # on the wire a segment says only how many are its
+                n: Any = segment.logps
                 if type(m) is not int or type(n) is not int or m < 0 or n < 0:
                     raise ValueError("the tokens and logps of a segment are counts")
                 _set(segment, "tokens", tokens[i : i + m])
