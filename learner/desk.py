@@ -15,11 +15,9 @@ until a commit succeeds; pulses go on.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import heapq
 import logging
-import os
 import threading
 import time
 from collections import Counter, deque
@@ -35,7 +33,7 @@ from common import wire
 from common.errors import WireError
 from common.failpoints import Failpoint
 from common.journal import Journal, Position
-from common.records import Admit, AnyRecord, Drop, Finish, Issue, Step
+from common.records import Admit, AnyRecord, Drop, Finish, Step
 from common.wire import (
     Answer,
     Bye,
@@ -50,8 +48,10 @@ from common.wire import (
     Pulse,
     Welcome,
 )
+from learner.bell import Bell
 from learner.config import LearnerConfig
-from learner.inbox import Selection, Usable, select
+from learner.inbox import Selection, select
+from learner.issuer import Issuer
 from learner.leases import Leases, Peer
 from learner.ledger import Ledger
 from learner.methods.base import Ask
@@ -65,7 +65,6 @@ DRAIN_MESSAGES = 64  # at most so many messages a turn, so that commits stay fre
 COPIED_BYTES = 8192  # ZeroMQ reads so many at once; a view of a smaller message would hold them all
 MOST_CREDIT = 4096  # of one actor: its grants and answers fit the socket's queue several times
 TURN_MS = 200  # a turn comes at least so often, for leases and pulses
-NOTHING = Ask(groups=0, temperature=1.0)
 STOOD_STILL_S = 2.0  # a longer gap between two turns means that this process itself was stopped
 
 
@@ -107,23 +106,20 @@ class Desk:
         self.actors: dict[Peer, Actor] = {}
         self.counts: Counter[str] = Counter()  # refused messages by reason, verdicts, lost actors
         self.version = -1  # newest published
-        self.ask = NOTHING
         self._identity: dict[str, Any] = {"run": run_id, "incarnation": incarnation}
         self._digest = digest
         self._vocab_size = vocab_size
         self._journal = journal
-        self._prompts = prompts
+        self._issuer = Issuer(config, ledger, prompts, self._write)
         self._fail = failpoint
         self._leases = Leases(config.lease_s, config.infra_budget, config.data_budget)
         self._leases.waiting.extend(entry.ticket.id for entry in ledger.in_flight())
         self._codec = Codec(FromActor, max_bytes)
         self._socket = socket
         self._quarantined: set[str] = set()
-        self._evals: deque[tuple[str, Draft, int]] = deque()  # label, problem, min_version
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._looks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._waits: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._usable = {kind: Usable(kind) for kind in ("main", "aux")}
         self._issuing = True
         self._last_turn = self._last_pulse = time.monotonic()
         self._bell = Bell()
@@ -179,8 +175,7 @@ class Desk:
         """The next batch, or None when `idle` said so."""
 
         def determined() -> Selection | None:
-            usable = self._usable["main"].count(self.ledger, self.config)
-            return select(self.ledger, self.config, usable)
+            return select(self.ledger, self.config, self._issuer.usable())
 
         return self.wait(determined, idle)
 
@@ -206,22 +201,12 @@ class Desk:
     def want(self, ask: Ask) -> None:
         """Aux tickets issued from now on are like this, and so many a step (`n_aux` at most)."""
         wanted = msgspec.structs.replace(ask, groups=min(ask.groups, self.config.n_aux))
-        if wanted != self.ask:
-            self.call(lambda: setattr(self, "ask", wanted))
+        if wanted != self._issuer.ask:
+            self.call(lambda: setattr(self._issuer, "ask", wanted))
 
     def evaluate(self, label: str, problems: Sequence[Draft], min_version: int) -> None:
-        """Ask those of `problems` that evaluation `label` has not asked yet, before anything
-        else.
-        """
-
-        def enqueue() -> None:
-            known = self.ledger.evaluations.get(label)
-            asked = set(known.issued) if known else set()
-            self._evals.extend(
-                (label, draft, min_version) for draft in problems if draft.problem not in asked
-            )
-
-        self.call(enqueue)
+        """Ask those of `problems` that evaluation `label` has not asked yet, before all else."""
+        self.call(lambda: self._issuer.evaluate(label, problems, min_version))
 
     def drain(self, final: bool, deadline_s: float = 6.0) -> None:
         """Send every actor away; with `final`, open tickets end as surplus first."""
@@ -229,7 +214,7 @@ class Desk:
 
         def begin() -> None:
             self._issuing = False
-            self._evals.clear()
+            self._issuer.forget_evaluations()
             if final:
                 for id_ in list(self.ledger.open):
                     self._end(id_, "surplus")
@@ -345,9 +330,8 @@ class Desk:
             return
         for old, actor in list(self.actors.items()):
             if (actor.name, actor.host, actor.pid) == (hello.actor, hello.host, hello.pid):
-                del self.actors[
-                    old
-                ]  # the same process on a new connection: its leases move below or are freed
+                # the same process on a new connection: its leases move below or are freed
+                del self.actors[old]
                 self._release(old, keep=(*hello.held, *hello.owed))
         self.actors[peer] = Actor(
             hello.actor, hello.engine, hello.host, hello.pid, hello.capacity, now
@@ -462,13 +446,16 @@ class Desk:
     def _issue(self, now: float) -> None:
         if self.blocked or not self._issuing or self.version < 0:
             return
-        room = self._room()
-        if not (self._leases.waiting or self._evals or room["main"] > 0 or room["aux"] > 0):
+        room = self._issuer.room()
+        if not (self._leases.waiting or self._issuer.wants(room)):
             return
         free = self._free()
         while free:  # whoever has most credit comes first
             lacking, peer = free[0]
-            id_ = self._leases.waiting.popleft() if self._leases.waiting else self._new_ticket(room)
+            if self._leases.waiting:
+                id_: int | None = self._leases.waiting.popleft()
+            else:
+                id_, room = self._issuer.next(room)
             if id_ is None:
                 return
             attempt = self._leases.lease(id_, peer, now)
@@ -490,98 +477,6 @@ class Desk:
         ]
         heapq.heapify(free)
         return free
-
-    def _room(self) -> dict[str, int]:
-        """How many new tickets of each kind the lag bound allows: outstanding + buffered < (max_lag
-        + 1) × batch.
-        """
-        config, t = self.config, self.ledger.t
-        flying = self.ledger.flying
-        usable = {kind: it.count(self.ledger, config) for kind, it in self._usable.items()}
-        horizon = min(config.max_lag + 1, config.steps - t)
-        return {
-            "main": horizon * config.groups_per_step - usable["main"] - flying["main"],
-            "aux": horizon * self.ask.groups - usable["aux"] - flying["aux"],
-            "ahead": usable["main"] + flying["main"],
-        }
-
-    def _new_ticket(self, room: dict[str, int]) -> int | None:
-        """Issue the next ticket there is room for: evaluations first, then aux, then main: an aux
-        group is trained on beside the main groups that come in after it.
-        """
-        if self._evals:
-            label, draft, version = self._evals.popleft()
-            evaluation = self.config.eval
-            return self._write_ticket(
-                draft,
-                "eval",
-                n=evaluation.samples,
-                temperature=evaluation.temperature,
-                label=label,
-                min_version=version,
-            )
-        for kind in ("aux", "main"):
-            if room[kind] > 0:
-                room[kind] -= 1
-                return self._write_training_ticket(kind, room)
-        return None
-
-    def _write_training_ticket(self, kind: wire.Kind, room: dict[str, int]) -> int:
-        config, ledger = self.config, self.ledger
-        needed_at = (
-            ledger.t + room["ahead"] // config.groups_per_step
-        )  # the step that will use it, if all goes well
-        min_version = max(0, min(needed_at, config.steps - 1) - config.max_lag)
-        if kind == "main":
-            room["ahead"] += 1
-            temperature = config.temperature
-        else:
-            temperature = self.ask.temperature
-        if kind == "main" and ledger.again:
-            old = ledger.again[0]
-            draft = Draft(old.problem, old.prompt, old.grading, old.template, old.source, -1)
-            parent: int | None = old.id
-        else:
-            draft, parent = self._prompts.draw(ledger.cursor), None
-        return self._write_ticket(
-            draft,
-            kind,
-            n=config.group_size,
-            temperature=temperature,
-            min_version=min_version,
-            parent=parent,
-        )
-
-    def _write_ticket(
-        self,
-        draft: Draft,
-        kind: wire.Kind,
-        *,
-        n: int,
-        temperature: float,
-        min_version: int,
-        label: str = "",
-        parent: int | None = None,
-    ) -> int:
-        id_ = self.ledger.next_id
-        sampling = self._prompts.sampling(id_, temperature, self.config.max_tokens)
-        ticket = wire.Ticket(
-            id=id_,
-            kind=kind,
-            problem=draft.problem,
-            prompt=draft.prompt,
-            n=n,
-            sampling=sampling,
-            grading=draft.grading,
-            template=draft.template,
-            source=draft.source,
-            parent=parent,
-            label=label,
-            min_version=min_version,
-            cursor=draft.cursor,
-        )
-        self._write(Issue(ticket=ticket))
-        return id_
 
     # ---- durability, then everything that depends on it ------------------------------------------
 
@@ -623,36 +518,6 @@ class Desk:
         pulse = Pulse(version=self.version, **self._identity)
         for peer in [peer for peer in self.actors if not self._outbox.deliver(peer, pulse)]:
             self._forget(peer, "infra")
-
-
-class Bell:
-    """Ends the desk's wait for its socket. Anybody may ring, from any thread."""
-
-    def __init__(self) -> None:
-        self._out, self._in = os.pipe()
-        os.set_blocking(self._out, False)
-        os.set_blocking(self._in, False)
-        self._alone, self._beside = zmq.Poller(), zmq.Poller()
-        for poller in (self._alone, self._beside):
-            poller.register(self._out, zmq.POLLIN)
-
-    def ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # so many rings unheard that one more is none
-            if self._in >= 0:
-                os.write(self._in, b"!")
-
-    def wait(self, socket: zmq.Socket[bytes] | None, at_most_ms: int) -> None:
-        """Until a ring, or until `socket` has something to receive."""
-        if socket is not None and socket not in self._beside:
-            self._beside.register(socket, zmq.POLLIN)
-        poller = self._alone if socket is None else self._beside
-        if any(source == self._out for source, _ in poller.poll(at_most_ms)):
-            os.read(self._out, 1 << 16)
-
-    def close(self) -> None:
-        ends, self._in = (self._in, self._out), -1
-        for end in ends:
-            os.close(end)
 
 
 def _done(future: Future[Any], timeout_s: float) -> bool:

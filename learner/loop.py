@@ -37,9 +37,10 @@ from common.stores import open_store
 from common.versions import Registry, digest
 from learner import checkpoint, model
 from learner.config import LearnerConfig
-from learner.desk import NOTHING, Desk
+from learner.desk import Desk
 from learner.history import Past, catch_up, checkpoints, this_machine
 from learner.inbox import Selection
+from learner.issuer import NOTHING
 from learner.ledger import Ledger
 from learner.prompts.source import open_source
 from learner.prompts.stream import Prompts
