@@ -1,9 +1,9 @@
 """Start the processes of a run on this machine, restart those that die, and leave none behind.
 
-    redis     dies: started again, empty, on the same port          (the learner republishes) actor
-    dies: started again after a pause, up to a budget     (its tickets are leased elsewhere) learner
-    dies by a signal: started again with --resume, up to a budget any       exits by itself with an
-    error: the run ends with its last line
+    redis dies             started again, empty, on the same port (the learner republishes)
+    an actor dies          started again after a pause, up to a budget (its tickets go elsewhere)
+    the learner is killed  started again with --resume, up to a budget
+    any exits by itself    with an error: the run ends with its last line
 
 One loop waits for all of it at once: children (SIGCHLD), Ctrl-C and SIGTERM, and the next picture.
 The first Ctrl-C drains (the learner takes a checkpoint), the second kills.
