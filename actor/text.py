@@ -11,11 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.errors import DataError
+from common.models import TOKENIZER_FILES, has_tokenizer
 
 Decode = Callable[[Sequence[int]], str]
-
-# Without any of these transformers makes up an empty tokenizer from the model's config.json.
-FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model")
 
 
 def load(folder: Path, vocab_size: int) -> Decode:
@@ -41,8 +39,8 @@ def _fast(path: Path) -> tuple[Decode, int]:
 
 
 def _slow(folder: Path) -> tuple[Decode, int]:
-    if not any((folder / name).is_file() for name in FILES):
-        raise DataError(f"{folder}: no tokenizer (none of {', '.join(FILES)})")
+    if not has_tokenizer(folder):
+        raise DataError(f"{folder}: no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
 
     from transformers import AutoTokenizer
 

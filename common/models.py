@@ -6,6 +6,8 @@ from pathlib import Path
 
 from common.errors import DataError
 
+# Without any of these transformers makes up an empty tokenizer from the model's config.json.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model")
 SHIPPED = Path(__file__).parent / "models"
 
 
@@ -18,3 +20,7 @@ def find(name: str) -> Path:
     raise DataError(
         f"no model at {name!r}: give a folder that holds a config.json, or one of: {shipped}"
     )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)

@@ -198,13 +198,19 @@ def _wire(run: RunConfig, config: LearnerConfig, folder: RunFolder, stack: ExitS
     publisher = Publisher(
         registry, open_store(run.store, registry), incarnation, config.keep_versions, fail
     )
+    room = model.max_length(network) - config.max_tokens
+    if room < 1:
+        raise ConfigError(
+            f"learner.max_tokens = {config.max_tokens}: the model's context is "
+            f"{model.max_length(network)} tokens, prompt included; take less"
+        )
     prompts = Prompts(
         source,
         config.prompts,
         tokenizer,
         model.stop_ids(network, tokenizer),
         run.seed,
-        model.max_length(network) - config.max_tokens,
+        room,
     )
     desk = Desk(
         socket,

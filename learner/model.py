@@ -96,6 +96,8 @@ def load(run: RunConfig, config: LearnerConfig) -> tuple[Policy, PreTrainedToken
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise DataError(f"cannot load the model {folder}: {str(error).splitlines()[0]}") from None
+    if not models.has_tokenizer(folder):
+        raise DataError(f"{folder} has no tokenizer: copy the model's tokenizer.json there")
     words = net.config.vocab_size
     if len(tokenizer) > words:
         raise DataError(

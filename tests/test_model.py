@@ -164,3 +164,14 @@ def test_a_snapshot_does_not_change_with_the_model() -> None:
         for p in policy.parameters():
             p.add_(1.0)
     assert bytes(first.data) == before
+
+
+def test_a_folder_without_a_tokenizer_is_refused_before_anything_is_made_up(tmp_path: Path) -> None:
+    import shutil
+
+    from common.models import SHIPPED
+
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(SHIPPED / "tiny" / name, tmp_path / name)
+    with pytest.raises(DataError, match="no tokenizer"):
+        models.load(RunConfig(model=str(tmp_path)), LearnerConfig())
