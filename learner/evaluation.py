@@ -40,7 +40,12 @@ class Evaluation(msgspec.Struct, kw_only=True):
         self.newest = max(self.newest, *versions)
 
     def is_complete(self, problems: int) -> bool:
-        return len(self.issued) >= problems and self.groups + self.failed >= len(self.issued)
+        return len(self.issued) >= problems and self.is_answered
+
+    @property
+    def is_answered(self) -> bool:
+        """Every ticket of it has ended."""
+        return self.groups + self.failed >= len(self.issued)
 
     @property
     def accuracy(self) -> float:

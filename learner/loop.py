@@ -136,11 +136,12 @@ def _evaluate(it: Learner, label: str, wanted: bool) -> None:
     problems = it.config.eval.problems
 
     def complete() -> bool | None:
-        point = it.desk.ledger.evaluations.get(label)
-        return True if point is not None and point.is_complete(problems) else None
+        points = it.desk.ledger.evaluations
+        asked = label in points and points[label].is_complete(problems)
+        return True if asked and all(point.is_answered for point in points.values()) else None
 
     if it.desk.wait(complete, it.idle):
-        it.report.heldout(label, it.desk.ledger.evaluations[label], it.state.t)
+        it.report.heldouts(it.desk.ledger.evaluations, label, it.state.t)
 
 
 def _ask_evaluation(it: Learner, label: str) -> None:

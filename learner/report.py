@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.metrics import Metrics, Value
@@ -53,7 +53,8 @@ class Report:
         self._wait_s = 0.0
         self._busy: list[float] = []
         for label, point in ledger.evaluations.items():
-            self._points[label] = (_step_of(label, config.steps), point)
+            if point.is_answered:
+                self._points[label] = (_step_of(label, config.steps), point)
 
     # ---- while it runs ---------------------------------------------------------------------------
 
@@ -91,12 +92,17 @@ class Report:
         self._lags.update({int(k): int(v) for k, v in line["lag"].items()})
         self.live(desk, batch.t + 1)
 
-    def heldout(self, label: str, point: Evaluation, t: int) -> None:
-        """An evaluation that was waited for."""
-        line = self._note_point(label, point, t)
-        if self._lines and self._lines[-1]["step"] == t:
-            line = {k: v for k, v in self._lines[-1].items() if k not in ("step", "time")} | line
-        self._metrics.write(t, line)
+    def heldouts(self, points: Mapping[str, Evaluation], label: str, t: int) -> None:
+        """Evaluation `label` was waited for at step `t`; those asked before it are in as well."""
+        for name, point in points.items():
+            if name == label or name not in self._points:
+                self._heldout(name, point, t if name == label else _step_of(name, t))
+
+    def _heldout(self, label: str, point: Evaluation, t: int) -> None:
+        none: dict[str, Any] = {}
+        before = next((line for line in reversed(self._lines) if line["step"] == t), none)
+        known = {k: v for k, v in before.items() if k not in ("step", "time")}
+        self._metrics.write(t, known | self._note_point(label, point, t))
         log.info(
             "held-out %s: %.3f ± %.3f at version %d", label, point.accuracy, point.standard_error, t
         )
