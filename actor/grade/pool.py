@@ -114,6 +114,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
+        self._killed: list[asyncio.subprocess.Process] = []  # not known to be gone yet
         self._loaded: set[str] = set()
         self._decode = msgspec.msgpack.Decoder(Marks).decode
 
@@ -144,20 +145,31 @@ class Worker:
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
+        if self._process is not None:
+            still = [process for process in self._killed if process.returncode is None]
+            self._killed = [*still, self._process]
         self._process = None
         self._loaded.clear()
 
     async def end(self) -> None:
-        process = self._process
+        """Returns when every process it ever had is gone."""
         self.kill()
-        if process is not None:
+        for process in self._killed:
             await process.wait()
+        self._killed.clear()
 
     async def _start(self) -> asyncio.subprocess.Process:
         pipe = asyncio.subprocess.PIPE
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "actor.grade.worker", stdin=pipe, stdout=pipe
+        command = (sys.executable, "-m", "actor.grade.worker")
+        starting = asyncio.ensure_future(
+            asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
         )
+        try:
+            self._process = await asyncio.shield(starting)
+        except asyncio.CancelledError:  # a process half started would be nobody's
+            self._process = await starting
+            self.kill()
+            raise
         return self._process
 
 
