@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from common.config import NaturalInt, NotNegative, Positive, PositiveInt, Section
 
@@ -29,4 +29,8 @@ class ActorConfig(Section, frozen=True, kw_only=True):
     poll_s: Positive = 0.2  # how often to ask Redis for a new version (a hint may come sooner)
     grade_workers: PositiveInt = 1
     grade_timeout_s: Positive = 10.0
+    engine_start_s: Positive = 300.0  # until an engine that starts must be up
+    engine_hang_s: Positive = 60.0  # without an answer or a token: the engine hangs
+    engine_restarts: NaturalInt = 3  # of a broken engine within an hour; then the actor leaves
     scripted: ScriptedConfig = ScriptedConfig()
+    vllm: dict[str, Any] = {}  # arguments of vLLM's engine, by its own names

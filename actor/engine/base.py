@@ -36,6 +36,7 @@ class EngineStats(NamedTuple):
     busy: float  # share of the last seconds in which there was something to decode, 0…1
     pause_s: float  # seconds spent so far with decoding held for a swap of weights
     tokens: int  # sampled so far
+    preemptions: int = 0  # sequences that lost their place in the KV cache, so far
 
 
 class Engine(Protocol):
@@ -72,5 +73,10 @@ class Engine(Protocol):
         ...
 
     def stats(self) -> EngineStats: ...
+
+    async def watch(self) -> None:
+        """Waits for as long as the engine can serve; raises EngineError, with the reason, once it
+        no longer can: its process died, or has stood still for too long."""
+        ...
 
     async def close(self) -> None: ...
