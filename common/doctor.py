@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 import click
 
+from common import vllm_version
 from common.errors import IsentropeError
 from common.options import overrides_option
 
@@ -45,6 +46,7 @@ def examine(recipe: str, overrides: tuple[str, ...] = ()) -> Iterator[Finding]:
     yield python()
     yield torch()
     yield transformers()
+    yield vllm()
     yield cores()
     yield memory()
     yield redis_binary()
@@ -85,6 +87,16 @@ def transformers() -> Finding:
             "pip uninstall torchvision torchaudio torchcodec",
         )
     return Finding("ok", "models", f"transformers {said}")
+
+
+def vllm() -> Finding:
+    """Found without importing it: that takes longer than everything else here."""
+    found, wrong = vllm_version.installed(), vllm_version.wrong()
+    if found is None:
+        return Finding("ok", "vllm", 'not installed; only actor.engine = "vllm" needs it')
+    if wrong:
+        return Finding("warn", "vllm", wrong)
+    return Finding("ok", "vllm", f"{found} ({vllm_version.SUPPORTED} works)")
 
 
 def _ask_python(code: str) -> tuple[str, str]:
@@ -165,8 +177,8 @@ def of_recipe(recipe: str, overrides: tuple[str, ...]) -> Iterator[Finding]:
     assert isinstance(run, RunConfig)
     yield Finding("ok", "recipe", recipe)
     yield _attempt("model", lambda: _model(run.model))
-    if getattr(sections["actor"], "engine", "") == "vllm":
-        yield _vllm()
+    if getattr(sections["actor"], "engine", "") == "vllm" and (wrong := vllm_version.wrong()):
+        yield Finding("fail", "engine", wrong)
     given = read(recipe, overrides).get("run", {})
     if "learner" in given:
         yield _attempt("learner", lambda: _bindable(run.learner))
@@ -192,12 +204,6 @@ def _model(name: str) -> str:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return f"{folder} ({size / 1e6:,.0f} MB)"
-
-
-def _vllm() -> Finding:
-    if importlib.util.find_spec("vllm") is None:
-        return Finding("fail", "vllm", 'not installed: pip install -e ".[vllm]" in the checkout')
-    return Finding("ok", "vllm", "installed")
 
 
 def _bindable(endpoint: str) -> str:

