@@ -8,13 +8,17 @@ from common.config import NaturalInt, NotNegative, Positive, PositiveInt, Sectio
 
 
 class ScriptedConfig(Section, frozen=True, kw_only=True):
-    """The scripted engine's model of time and skill."""
+    """The scripted engine's model of time, skill, memory and failure."""
 
     tokens_per_s: Positive = 2000.0  # of one sequence
     startup_s: NotNegative = 0.0
     length_mean: Positive = 24.0
     length_sigma: NotNegative = 0.4  # of log length
     vocab_size: PositiveInt = 32
+    kv_tokens: NaturalInt = 0  # prompt and sampled tokens of all that run; 0: as many as there are
+    dies_after_tokens: NaturalInt = 0  # of each engine of this actor; 0: it lives
+    hangs_after_tokens: NaturalInt = 0  # then it neither ends nor fails; 0: it never hangs
+    fails_to_start: bool = False
 
 
 class ActorConfig(Section, frozen=True, kw_only=True):
@@ -26,6 +30,7 @@ class ActorConfig(Section, frozen=True, kw_only=True):
     dtype: Literal["fp32", "bf16"] = "fp32"
     threads: NaturalInt = 1  # torch threads; 0: torch's own choice
     prefetch: NaturalInt = 2  # tickets held beyond those the slots can run
+    adaptive: bool = True  # fewer tickets while the KV cache cannot take so many
     poll_s: Positive = 0.2  # how often to ask Redis for a new version (a hint may come sooner)
     grade_workers: PositiveInt = 1
     grade_timeout_s: Positive = 10.0

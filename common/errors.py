@@ -7,6 +7,7 @@
     ├── JournalError      the run folder: corruption, a second learner, a failed fsync
     ├── WeightsError      a weight version that is missing, cut or not what its digest says
     ├── EngineError       the generation engine failed (infrastructure: the ticket goes back)
+    │   └── EngineAway    there is none just now, another is being made: the ticket is as it was
     └── DeadlineError     something waited for did not happen in time; the message says what
 
 Every message is one line: what is wrong, where, and what to do.
@@ -48,6 +49,10 @@ class WeightsError(IsentropeError):
 
 
 class EngineError(IsentropeError):
+    pass
+
+
+class EngineAway(EngineError):
     pass
 
 

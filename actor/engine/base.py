@@ -37,6 +37,8 @@ class EngineStats(NamedTuple):
     pause_s: float  # seconds spent so far with decoding held for a swap of weights
     tokens: int  # sampled so far
     preemptions: int = 0  # sequences that lost their place in the KV cache, so far
+    up: bool = True  # False: there is no engine just now, another one is being made
+    restarts: int = 0  # engines that took the place of a broken one, so far
 
 
 class Engine(Protocol):
