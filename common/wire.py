@@ -188,12 +188,15 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
 
 
 class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
-    """Renews the leases of `held`, updates `capacity`, and says how the engine is doing."""
+    """Renews the leases of `held`, updates `capacity`, and says how the engine is doing: numbers,
+    and in `notes` words for people. Nothing decides by either.
+    """
 
     capacity: int
     held: tuple[int, ...] = ()
     version: int = -1
     stats: dict[str, float] = {}
+    notes: dict[str, str] = {}
 
 
 class Columns:
