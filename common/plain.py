@@ -31,7 +31,7 @@ _ATOMS: dict[str, tuple[type, Callable[[Any], str], Callable[[str], Any]]] = {
     "$complex": (complex, str, complex),
     "$int": (int, str, int),  # beyond 64 bits
 }
-_SEQUENCES: dict[str, type] = {"$tuple": tuple, "$set": set, "$frozenset": frozenset}
+_SEQUENCES: dict[str, Any] = {"$tuple": tuple, "$set": set, "$frozenset": frozenset}
 
 
 def plain(value: Any) -> Any:

@@ -64,10 +64,13 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc
 
 
 class GradePart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """One part of the reward: `grader` names the function, `options` its keyword arguments."""
+    """One part of the reward: `grader` names the function, `options` its keyword arguments. The
+    reward is the sum of weight × score; scores travel as they are.
+    """
 
     name: str
     grader: str
+    weight: float = 1.0
     options: dict[str, Any] = {}
 
 

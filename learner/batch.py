@@ -27,6 +27,8 @@ from learner.attention import Packing
 from learner.item import Item
 from learner.table import Static
 
+_PLAIN = wire.Grading()
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -71,9 +73,14 @@ class Micro:
     tokens: torch.Tensor  # int64 [T]: the tokens' lines in the table
 
 
-def reward(rollout: wire.Rollout) -> float:
-    """Sum of the parts of the last turn; the raw correctness where nothing was graded in parts."""
-    return math.fsum(rollout.parts[-1].values()) if rollout.parts else rollout.correct
+def reward(rollout: wire.Rollout, grading: wire.Grading = _PLAIN) -> float:
+    """Weighted sum of the parts of the last turn (the weights are the ticket's); the raw
+    correctness where nothing was graded in parts.
+    """
+    if not rollout.parts:
+        return rollout.correct
+    weights = {part.name: part.weight for part in grading.parts}
+    return math.fsum(weights.get(k, 1.0) * v for k, v in rollout.parts[-1].items())
 
 
 def flatten(items: Sequence[Item], version: int) -> Batch:
@@ -103,7 +110,10 @@ def flatten(items: Sequence[Item], version: int) -> Batch:
         lengths=fed,
         starts=_starts(fed),
         row_group=groups,
-        reward=np.array([reward(r) for r in rollouts], np.float64),
+        reward=np.array(
+            [reward(r, order[g].ticket.grading) for r, (g, _) in zip(rollouts, rows, strict=True)],
+            np.float64,
+        ),
         correct=np.array([r.correct for r in rollouts], np.float64),
         row_lag=np.array([max(0, version - r.oldest_version) for r in rollouts], np.int64),
         row_prompt=np.array([order[g].ticket.prompt.size for g, _ in rows], np.int64),

@@ -6,10 +6,21 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from common import grading
 from common.config import NaturalInt, NotNegative, Positive, PositiveInt, Section, Share, need
+from common.errors import ConfigError
 from learner.methods import AnyMethod
 from learner.methods.base import asks
 from learner.methods.base import check as check_methods
+
+
+class PartConfig(Section, frozen=True, kw_only=True):
+    """One part of the reward, which is the sum of weight × score over the parts."""
+
+    name: str
+    grader: str = "exact"
+    weight: float = 1.0
+    options: dict[str, Any] = {}
 
 
 class PromptsConfig(Section, frozen=True, kw_only=True):
@@ -20,10 +31,32 @@ class PromptsConfig(Section, frozen=True, kw_only=True):
     answer_column: str = "answer"
     grader: str = "exact"
     grader_options: dict[str, Any] = {}
+    parts: tuple[PartConfig, ...] = ()  # in place of `grader`; the first is the raw correctness
 
     def check(self) -> None:
         need(self.source != "jsonl" or self.path != "", 'path is empty: source "jsonl" reads it')
         need(self.source == "jsonl" or not self.path, f'path: source "{self.source}" reads no file')
+        self._check_grading()
+
+    @property
+    def reward(self) -> tuple[PartConfig, ...]:
+        """The parts of the reward; `grader` alone is one, named "correct"."""
+        one = PartConfig(name="correct", grader=self.grader, options=self.grader_options)
+        return self.parts or (one,)
+
+    def _check_grading(self) -> None:
+        need(
+            not self.parts or (self.grader == "exact" and not self.grader_options),
+            "parts: they take the place of `grader` and `grader_options`; leave these out",
+        )
+        names = [part.name for part in self.parts]
+        need(all(names), "parts: every part needs a name")
+        need(len(set(names)) == len(names), f"parts: a name comes twice among {', '.join(names)}")
+        for part in self.reward:
+            try:
+                grading.check(part.grader, part.options)
+            except ConfigError as error:
+                raise ConfigError(f"{'parts' if self.parts else 'grader'}: {error}") from None
 
 
 class EvalConfig(Section, frozen=True, kw_only=True):

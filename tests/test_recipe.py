@@ -132,6 +132,7 @@ def test_the_digest_changes_with_what_is_shared_and_not_with_what_is_local() -> 
 def test_a_frozen_recipe_reads_back_as_the_same_configuration(tmp_path: Path) -> None:
     overrides = (
         'learner.methods=[{type="entropy_bonus"}]',
+        "learner.prompts.grader=python:mine:function",
         'learner.prompts.grader_options={after="#", "odd key"="q\\"uote"}',
         "learner.clip_high=none",
     )

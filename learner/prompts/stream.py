@@ -47,6 +47,10 @@ class Prompts:
         self._stop = stop
         self._seed = seed
         self._max_prompt = max_prompt
+        self._parts = tuple(
+            GradePart(name=p.name, grader=p.grader, weight=p.weight, options=p.options)
+            for p in config.reward
+        )
 
     def draw(self, cursor: int) -> Draft:
         return self._draft(self._source.train(cursor), cursor)
@@ -66,10 +70,7 @@ class Prompts:
                 f"problem {problem.id}: a prompt of {len(ids)} tokens; the model's context leaves "
                 f"room for 1 to {self._max_prompt} beside learner.max_tokens"
             )
-        part = GradePart(
-            name="correct", grader=self._config.grader, options=self._config.grader_options
-        )
-        grading = Grading(gold=problem.gold, parts=(part,), columns=problem.columns)
+        grading = Grading(gold=problem.gold, parts=self._parts, columns=problem.columns)
         return Draft(
             problem.id, np.asarray(ids, np.int32), grading, "plain", self._source.name, cursor
         )
