@@ -169,7 +169,7 @@ def test_the_configuration_stays_small() -> None:
         if isinstance(value, msgspec.Struct)
     ]
     fields = [field for struct in (*structs, *nested) for field in struct.__struct_fields__]
-    assert len(fields) <= 95
+    assert len(fields) <= 105
     sources = "\n".join(
         path.read_text(encoding="utf-8")
         for package in ("actor", "learner", "common")
