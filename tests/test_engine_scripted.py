@@ -61,8 +61,8 @@ async def test_without_a_stop_token_the_limit_ends_a_continuation() -> None:
 
 
 async def test_it_takes_the_time_that_its_configuration_says() -> None:
-    engine = ScriptedEngine(ScriptedConfig(tokens_per_s=100.0, startup_s=0.05), slots=1)
     started = time.monotonic()
+    engine = ScriptedEngine(ScriptedConfig(tokens_per_s=100.0, startup_s=0.05), slots=1)
     await engine.generate(PREFIX, 2, Sampling(max_tokens=5))
     assert 0.14 < time.monotonic() - started < 0.4
 
@@ -142,3 +142,54 @@ async def test_a_thousand_engines_are_cheap() -> None:
 def test_it_needs_no_torch() -> None:
     code = "import sys, actor.engine.make, actor.engine.scripted; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+async def test_what_runs_and_loses_its_place_comes_back_with_its_tokens() -> None:
+    roomy = ScriptedEngine(FAST, slots=8)
+    tight = ScriptedEngine(ScriptedConfig(tokens_per_s=500.0, kv_tokens=80), slots=8)
+    asked = Sampling(max_tokens=40, seed=3)
+    alone, squeezed = [await engine.generate(PREFIX, 4, asked) for engine in (roomy, tight)]
+    for one, same in zip(alone, squeezed, strict=True):
+        np.testing.assert_array_equal(one.tokens, same.tokens)
+        assert same.spans == ((0, 0),)
+    stats = tight.stats()
+    assert stats.preemptions > 0
+    assert (stats.running, stats.waiting, stats.kv_use) == (0, 0, 0.0)
+    assert roomy.stats().preemptions == 0
+
+
+async def test_what_waits_for_a_place_when_its_time_is_over_keeps_the_tokens_it_had() -> None:
+    engine = ScriptedEngine(ScriptedConfig(tokens_per_s=200.0, kv_tokens=60), slots=4)
+    until = time.monotonic() + 0.25
+    samples = await engine.generate(PREFIX, 2, Sampling(max_tokens=100), deadline=until)
+    assert [sample.finish for sample in samples] == ["aborted", "aborted"]
+    assert samples[1].tokens.size <= 24  # then both, with their prefixes, filled the cache
+    assert samples[0].tokens.size > samples[1].tokens.size > 0
+
+
+async def test_it_dies_when_told_to_and_says_so_to_everybody() -> None:
+    config = ScriptedConfig(tokens_per_s=1000.0, dies_after_tokens=5)
+    engine = ScriptedEngine(config, slots=2)
+    watch = asyncio.create_task(engine.watch())
+    calls = [engine.generate(PREFIX, 1, Sampling(max_tokens=n, seed=n)) for n in (5, 1000)]
+    ends = await asyncio.gather(*calls, watch, return_exceptions=True)
+    with pytest.raises(EngineError, match="as it was told to"):
+        await engine.update_weights(weights(1))
+    assert all(isinstance(end, EngineError) for end in ends)
+
+
+async def test_it_hangs_when_told_to_until_it_is_found_out() -> None:
+    config = ScriptedConfig(tokens_per_s=1000.0, hangs_after_tokens=5)
+    engine = ScriptedEngine(config, slots=2, hang_s=0.2)
+    await engine.generate(PREFIX, 1, Sampling(max_tokens=5))
+    began = time.monotonic()
+    with pytest.raises(EngineError, match=r"no token for 0\.2 s"):
+        await engine.generate(PREFIX, 1, Sampling(max_tokens=5))
+    assert time.monotonic() - began > 0.1
+    with pytest.raises(EngineError, match="no token"):
+        await engine.watch()
+
+
+def test_it_fails_to_start_when_told_to() -> None:
+    with pytest.raises(EngineError, match="fails_to_start"):
+        ScriptedEngine(ScriptedConfig(fails_to_start=True), slots=1)

@@ -16,7 +16,12 @@ def make(run: RunConfig, actor: ActorConfig) -> Engine:
     if actor.engine == "scripted":
         from actor.engine.scripted import ScriptedEngine
 
-        return ScriptedEngine(actor.scripted, slots=actor.slots, max_length=actor.max_length)
+        return ScriptedEngine(
+            actor.scripted,
+            slots=actor.slots,
+            max_length=actor.max_length,
+            hang_s=actor.engine_hang_s,
+        )
     if actor.engine == "vllm":
         raise ConfigError(
             'engine "vllm" needs a vLLM engine, which this build lacks: set engine = "torch"'

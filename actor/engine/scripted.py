@@ -5,6 +5,9 @@ cost time. What it samples is a pure function of (seed, rollout, position, versi
 continuation becomes, of (seed, rollout). When each token comes follows from the model of time, so
 which version a token is from depends on when a swap came, as it does in a real engine. One
 continuation costs one sleep, whatever its length.
+
+It fails as engines do, when it is told to: it does not start, dies, hangs, or has a cache that is
+too small for what it is asked (places.py).
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from actor.config import ScriptedConfig
 from actor.engine import noise
 from actor.engine.base import EngineStats, Sample
 from actor.engine.meter import Meter
-from actor.engine.request import Spans, check, closed, empty_sample, mark_swap
+from actor.engine.places import Place, Places
+from actor.engine.request import Spans, check, closed, empty_sample
 from common.errors import EngineError
 from common.versions import Weights
 from common.wire import Finish, Sampling
@@ -30,27 +34,26 @@ _LOGP = np.uint64(0x3C3C3C3C3C3C3C3C)
 _MAX_LENGTH = 1 << 16
 
 
-class _Running:
-    """A continuation that has a slot: since when (loop time), and which versions its tokens come
-    from."""
-
-    def __init__(self, started: float, version: int) -> None:
-        self.started = started
-        self.spans: Spans = [(0, version)]
-
-
 class ScriptedEngine:
-    def __init__(self, config: ScriptedConfig, *, slots: int, max_length: int = 0) -> None:
+    def __init__(
+        self, config: ScriptedConfig, *, slots: int, max_length: int = 0, hang_s: float = 60.0
+    ) -> None:
+        """Takes `startup_s`, as loading a model would. Raises EngineError when told to fail.
+
+        An engine that hangs says so after `hang_s`.
+        """
+        time.sleep(config.startup_s)
+        if config.fails_to_start:
+            raise EngineError("the scripted engine did not start (actor.scripted.fails_to_start)")
         self.vocab_size, self.slots = config.vocab_size, slots
         self.max_length = max_length or _MAX_LENGTH
-        self._config = config
-        self._free = asyncio.Semaphore(slots)
+        self._config, self._hang_s = config, hang_s
+        self._places = Places(slots, config.kv_tokens, config.tokens_per_s)
         self._version = 0
-        self._ready_at: float | None = None  # loop time; startup counts from the first call
-        self._running: set[_Running] = set()
-        self._waiting = 0
         self._calls: set[asyncio.Future[list[Sample]]] = set()
-        self._closed: EngineError | None = None
+        self._hangs = False
+        self._over = asyncio.Event()
+        self._why = ""
         self._meter = Meter()
         self._tokens = 0
         self._busy_since = 0.0
@@ -65,11 +68,8 @@ class ScriptedEngine:
         deadline: float | None = None,
     ) -> Sequence[Sample]:
         limit = check(prefix, n, sampling, self.vocab_size, self.max_length)
-        if self._closed is not None:
-            raise self._closed
+        await self._answering()
         loop = asyncio.get_running_loop()
-        if self._ready_at is None:
-            self._ready_at = loop.time() + self._config.startup_s
         ends_at = math.inf if deadline is None else loop.time() + deadline - time.monotonic()
         keys = noise.keys(sampling.seed, np.arange(first, first + n))
         call = asyncio.gather(
@@ -83,75 +83,78 @@ class ScriptedEngine:
             return await call
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if self._closed is not None and task is not None and not task.cancelling():
-                # close() cancelled the continuations, nobody cancelled the caller
-                raise self._closed from None
+            if self._over.is_set() and task is not None and not task.cancelling():
+                # the engine's end cancelled the continuations, nobody cancelled the caller
+                raise EngineError(self._why) from None
             raise
         finally:
             self._calls.discard(call)
 
     async def update_weights(self, weights: Weights) -> None:
         """Any tensors will do: only the number is served."""
-        if self._closed is not None:
-            raise self._closed
+        await self._answering()
         self._version = weights.version
-        now = asyncio.get_running_loop().time()
-        for running in self._running:
-            mark_swap(running.spans, self._sampled(running, now), weights.version)
+        self._places.swap(weights.version)
 
     def stats(self) -> EngineStats:
         tokens_per_s, busy = self._meter.rates()
         return EngineStats(
             tokens_per_s=tokens_per_s,
-            running=len(self._running),
-            waiting=self._waiting,
-            kv_use=len(self._running) / self.slots,
+            running=len(self._places.running),
+            waiting=self._places.waiting,
+            kv_use=self._places.use(),
             version=self._version,
             busy=busy,
             pause_s=0.0,
             tokens=self._tokens,
+            preemptions=self._places.preemptions,
         )
 
+    async def watch(self) -> None:
+        await self._over.wait()
+        raise EngineError(self._why)
+
     async def close(self) -> None:
-        self._closed = self._closed or EngineError("the engine is closed")
+        self._end("the engine is closed")
+
+    def _end(self, why: str) -> None:
+        self._why = self._why or why
+        self._over.set()
         for call in self._calls:
             call.cancel()
+
+    async def _answering(self) -> None:
+        """Whoever asks an engine that hangs waits until somebody ends it. Raises EngineError."""
+        if self._hangs:
+            await self._over.wait()
+        if self._over.is_set():
+            raise EngineError(self._why)
 
     async def _continue(
         self, key: np.ndarray, prefix: int, sampling: Sampling, limit: int, ends_at: float
     ) -> Sample:
-        self._waiting += 1
-        try:
-            async with asyncio.timeout_at(None if ends_at == math.inf else ends_at):
-                await self._free.acquire()
-        except TimeoutError:
-            return empty_sample(self._version)
-        finally:
-            self._waiting -= 1
-        try:
-            return await self._decode(key, prefix, sampling, limit, ends_at)
-        finally:
-            self._free.release()
-
-    async def _decode(
-        self, key: np.ndarray, prefix: int, sampling: Sampling, limit: int, ends_at: float
-    ) -> Sample:
-        """Hold a slot for as long as the continuation takes, or until its deadline."""
-        clock = asyncio.get_running_loop().time
+        """Hold a place for as long as the continuation takes, or until its deadline."""
         size, finish = self._outcome(key, sampling, limit)
-        running = _Running(max(clock(), self._ready_at or 0.0), self._version)
-        if not self._running:
-            self._busy_since = clock()
-        self._running.add(running)
+        place, places, clock = Place(prefix), self._places, asyncio.get_running_loop().time
         try:
-            finished_at = running.started + size / self._config.tokens_per_s
-            await asyncio.sleep(min(finished_at, ends_at) - clock())
+            while await self._take(place, ends_at):
+                if await places.decode(place, size, ends_at):
+                    break
+            await self._answering()
+            if places.falls_short(place, size, ends_at):
+                size, finish = min(size, places.sampled(place, ends_at)), "aborted"
         finally:
-            self._running.discard(running)
-        if ends_at < finished_at:
-            size, finish = min(size, self._sampled(running, ends_at)), "aborted"
+            places.leave(place)
+        if not place.spans:
+            return empty_sample(self._version)
         self._count(size, clock())
-        return self._sample(key, prefix, sampling, size, finish, running.spans)
+        return self._sample(key, prefix, sampling, size, finish, place.spans)
+
+    async def _take(self, place: Place, ends_at: float) -> bool:
+        taken = await self._places.take(place, ends_at)
+        if taken and len(self._places.running) == 1:
+            self._busy_since = asyncio.get_running_loop().time()
+        return taken
 
     def _outcome(self, key: np.ndarray, sampling: Sampling, limit: int) -> tuple[int, Finish]:
         """Log-normal length with the configured mean; without a stop token only the limit ends a
@@ -161,9 +164,6 @@ class ScriptedEngine:
         sigma = self._config.length_sigma
         size = max(1, round(self._config.length_mean * math.exp(sigma * normal - sigma**2 / 2)))
         return (size, "stop") if sampling.stop and size <= limit else (limit, "length")
-
-    def _sampled(self, running: _Running, now: float) -> int:
-        return max(0, math.floor((now - running.started) * self._config.tokens_per_s))
 
     def _sample(
         self,
@@ -194,3 +194,10 @@ class ScriptedEngine:
         self._tokens += tokens
         self._meter.count(tokens, now - self._busy_since)
         self._busy_since = now
+        config = self._config
+        if 0 < config.dies_after_tokens <= self._tokens:
+            self._end(f"the scripted engine died after {self._tokens} tokens, as it was told to")
+        elif 0 < config.hangs_after_tokens <= self._tokens and not self._hangs:
+            self._hangs = True
+            why = f"the scripted engine gave no token for {self._hang_s:g} s"
+            asyncio.get_running_loop().call_later(self._hang_s, self._end, why)
