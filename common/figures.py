@@ -117,7 +117,7 @@ def reward(axis: Axes, lines: Lines) -> None:
             )
     axis.set(title="Reward and held-out accuracy", ylim=(0, 1.02) if max(values) <= 1 else None)
     axis.legend(loc="lower right")
-    _steps(axis)
+    steps_axis(axis)
 
 
 def length(axis: Axes, lines: Lines) -> None:
@@ -128,14 +128,14 @@ def length(axis: Axes, lines: Lines) -> None:
         axis.legend(loc="lower right")
     axis.set(title="Response length", ylabel="tokens")
     axis.set_ylim(bottom=0)
-    _steps(axis)
+    steps_axis(axis)
 
 
 def entropy(axis: Axes, lines: Lines) -> None:
     axis.plot(*column(lines, "entropy"), color=PURPLE)
     axis.set(title="Policy entropy", ylabel="nats per token")
     axis.set_ylim(bottom=0)
-    _steps(axis)
+    steps_axis(axis)
 
 
 def entropy_change(axis: Axes, lines: Lines) -> None:
@@ -154,7 +154,7 @@ def entropy_change(axis: Axes, lines: Lines) -> None:
     found = f" (correlation {correlations[-1]:.2f})" if correlations else ""
     axis.set(title=f"Entropy change of a step{found}", ylabel="nats per token")
     axis.legend(loc="lower right")
-    _steps(axis)
+    steps_axis(axis)
 
 
 def lag(axis: Axes, lines: Lines) -> None:
@@ -172,7 +172,7 @@ def lag(axis: Axes, lines: Lines) -> None:
     axis.set(title="Lag of the rollouts trained on", ylabel="share of the batch", ylim=(0, 1))
     axis.grid(visible=False)
     axis.legend(loc="upper center", ncols=min(5, top + 1), bbox_to_anchor=(0.5, -0.16))
-    _steps(axis)
+    steps_axis(axis)
 
 
 def throughput(axis: Axes, lines: Lines) -> None:
@@ -186,7 +186,7 @@ def throughput(axis: Axes, lines: Lines) -> None:
     axis.set(title="Throughput", ylabel="tokens per second")
     axis.set_ylim(bottom=0)
     axis.legend(loc="lower right")
-    _steps(axis)
+    steps_axis(axis)
 
 
 def idle(axis: Axes, lines: Lines) -> None:
@@ -199,7 +199,7 @@ def idle(axis: Axes, lines: Lines) -> None:
         axis.plot(steps, smooth(values), color=colour, label=label)
     axis.set(title="Who waits", ylabel="share of the time", ylim=(0, 1))
     axis.legend(loc="upper right")
-    _steps(axis)
+    steps_axis(axis)
 
 
 def dropped(axis: Axes, lines: Lines) -> None:
@@ -217,7 +217,7 @@ def dropped(axis: Axes, lines: Lines) -> None:
     axis.set(title="Groups by fate", ylabel="groups of a step")
     axis.grid(visible=False)
     axis.legend(loc="upper center", ncols=4, bbox_to_anchor=(0.5, -0.16))
-    _steps(axis)
+    steps_axis(axis)
 
 
 Part = Callable[["Axes", Lines], None]
@@ -249,7 +249,7 @@ def smooth(values: Sequence[float], window: int = 5) -> list[float]:
     return [sum(part) / len(part) for part in parts]
 
 
-def _steps(axis: Axes) -> None:
+def steps_axis(axis: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axis.set_xlabel("step")
