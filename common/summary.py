@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from common.errors import DataError
 from common.live import clock, number, percent
 
 FILE = "summary.json"
@@ -35,11 +36,13 @@ def complete(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Empty when the learner did not come to its end."""
+    """Empty when the learner did not come to its end. Raises DataError when it is damaged."""
     try:
         summary = json.loads((folder / FILE).read_text())
     except FileNotFoundError:
         return {}
+    except ValueError as error:
+        raise DataError(f"{folder / FILE} is damaged ({error}); remove it and go on") from None
     return summary if isinstance(summary, dict) else {}
 
 
