@@ -14,6 +14,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Literal
 
+from actor import concurrency
+from actor.concurrency import Window
+from actor.engine.base import EngineStats
 from common.errors import IsentropeError
 from common.wire import Answer, Failure, FromLearner, Grant, Welcome
 
@@ -25,7 +28,7 @@ Blame = Literal["infra", "data", "none"]
 class Desk:
     """Which run this is, what is held and owed, how much fits, and whether it is time to leave."""
 
-    def __init__(self, slots: int, prefetch: int) -> None:
+    def __init__(self, slots: int, prefetch: int, adaptive: bool = True) -> None:
         self.run, self.incarnation = "", 0  # of the learner; the highest incarnation seen
         self.held: dict[int, asyncio.Task[None]] = {}
         self.owed: dict[int, bytearray] = {}
@@ -36,17 +39,36 @@ class Desk:
         self.leaving = asyncio.Event()
         self.final = False  # the run is over: nobody waits for what is held
         self.fault: IsentropeError | None = None  # why the actor leaves, if not because it was told
-        self.engine_failures = 0  # in a row
         self._attempts: dict[int, int] = {}
         self._slots, self._prefetch, self._last_n = slots, prefetch, slots
+        self._adaptive, self._engine_up = adaptive, True
+        full = concurrency.ceiling(slots, slots, prefetch)
+        self._window = Window(full, full)
+
+    @property
+    def window(self) -> Window:
+        """Tickets that the engine can take, of those whose rollouts fill the slots (going by the
+        last one) and a few more."""
+        most = concurrency.ceiling(self._slots, self._last_n, self._prefetch)
+        return concurrency.resized(self._window, most)
 
     @property
     def capacity(self) -> int:
-        """Tickets that fit: those whose rollouts fill the slots, going by the last one, and a few
-        more so that no slot waits for the learner."""
-        if self.leaving.is_set():
+        """Tickets that this actor takes just now."""
+        if self.leaving.is_set() or not self._engine_up:
             return 0
-        return max(1, self._slots // self._last_n) + self._prefetch
+        return self.window.tickets
+
+    def observe(self, engine: EngineStats) -> None:
+        """A look at the engine, a heartbeat apart: the capacity follows."""
+        self._engine_up = engine.up
+        if self._adaptive:
+            window, held = self.window, len(self.held)
+            self._window = concurrency.adapted(window, engine, self._slots, held)
+            if self._window.size != window.size:
+                said = "window %d → %d of %d tickets: %s"
+                now = self._window
+                log.info(said, window.tickets, now.tickets, now.ceiling, now.why)
 
     def leave(self, why: str, final: bool = False, fault: IsentropeError | None = None) -> None:
         if not self.leaving.is_set():

@@ -2,8 +2,8 @@
 
 The registry in Redis is the truth and is asked every `poll_s`; a number in the learner's messages
 only brings the next question forward. Bytes are pulled and checked in a thread, before the engine
-is bothered. Whatever goes wrong (Redis away, a cut or foreign version) is counted and tried again,
-and the version before it goes on being served.
+is bothered. Whatever goes wrong (Redis away, a cut or foreign version, an engine that breaks) is
+counted and tried again, and the version before it goes on being served.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections import Counter
 from actor.engine.base import Engine
 from common import stores
 from common.config import RunConfig
-from common.errors import DeadlineError, WeightsError
+from common.errors import DeadlineError, EngineError, WeightsError
 from common.versions import Registry, Stamp, Weights
 from common.wire import Pulse, Welcome
 
@@ -34,6 +34,8 @@ class Fetcher:
         self.version, self.digest = -1, ""
         self.registry: Registry | None = None  # of the run that the learner named
         self.counts: Counter[str] = Counter()
+        self.refused = 0  # versions, at each try …
+        self.refusal = ""  # … and what was wrong with the last one
         self._run, self._engine, self._poll_s = run, engine, poll_s
         self._incarnation = 0  # highest seen, in messages and in the registry
         self._vouched = 0  # the one whose registry entry names what is served
@@ -83,6 +85,7 @@ class Fetcher:
 
     async def _look(self, registry: Registry) -> None:
         """Ask once, and take what is new."""
+        stamp: Stamp | None = None
         try:
             stamp = await asyncio.to_thread(registry.stamp)
             if stamp is not None and stamp.incarnation >= self._incarnation:
@@ -91,7 +94,9 @@ class Fetcher:
         except DeadlineError as error:
             self._fail("redis_away", str(error))
         except WeightsError as error:
-            self._fail("weights_refused", str(error))
+            self._refuse(stamp, str(error))
+        except EngineError as error:
+            self._fail("engine_away", str(error))
         else:
             self._failures = self.counts["weights_refused"] = 0
 
@@ -116,6 +121,15 @@ class Fetcher:
         self.counts["weights_fetched"] += 1
         said = "serving version %d (%s): pulled in %.3f s, swapped in %.3f s"
         log.info(said, weights.version, weights.digest[:8], pull_s, swap_s)
+
+    def _refuse(self, stamp: Stamp | None, why: str) -> None:
+        """Say which version it is, and what is served in its place."""
+        if stamp is not None:
+            name = f"version {stamp.version}"
+            why = f"{name} refused: {why.removeprefix(name).lstrip(': ')}"
+        self.refused += 1
+        self.refusal = f"{why}; serving {self.version}"
+        self._fail("weights_refused", why)
 
     def _fail(self, counter: str, why: str) -> None:
         self._failures += 1

@@ -8,13 +8,19 @@
 
 One asyncio loop; every wait and who ends it:
 
+    _started  the first engine (`engine_start_s`), or `desk.leaving`
     _listen   a message (the learner; silence ends in a fresh connection and a new Hello, for ever)
     _beat     the next heartbeat (the clock), or a changed capacity (the desk)
-    work      its version (the fetcher, or 60 s), its tokens (the engine), its verdicts (the pool's
-              deadlines); cancelled when nobody waits for the ticket any more
+    work      its version (the fetcher, or 60 s), its tokens (the engine; EngineError once it is
+              broken), its verdicts (the pool's deadlines); cancelled when nobody waits for the
+              ticket any more
+    _guard    the end of the engine; a broken one is closed (10 s), made again and brought to its
+              weights (`engine_start_s` each), `engine_restarts` times an hour, then it is over
     _show     the clock; Redis calls have deadlines
-    follow    a hint of a new version (the learner) or the clock; Redis calls have deadlines
-    serve     `desk.leaving` (SIGTERM, SIGINT, Drain, a broken engine), then `desk.settled` for 5 s
+    follow    a hint of a new version (the learner) or the clock; Redis calls have deadlines; an
+              engine that takes weights ends it, or breaks, or is made again
+    serve     `desk.leaving` (SIGTERM, SIGINT, Drain, an engine that is over), then `desk.settled`
+              for 5 s, then the engine's end (10 s)
 """
 
 from __future__ import annotations
@@ -30,9 +36,10 @@ import msgspec
 
 from actor import episode, report, text
 from actor.config import ActorConfig
-from actor.desk import Desk
+from actor.desk import Blame, Desk
 from actor.engine.base import Engine
 from actor.engine.make import make
+from actor.engine.restart import RestartingEngine
 from actor.fetch import Fetcher
 from actor.grade.pool import Pool
 from actor.line import Line
@@ -40,7 +47,7 @@ from actor.work import Day, work
 from common import keys, models, wire
 from common.channel import demand_keys
 from common.config import RunConfig
-from common.errors import DeadlineError, WireError
+from common.errors import DeadlineError, EngineError, WireError
 from common.failpoints import Failpoint
 from common.log import revision
 from common.recipe import digest
@@ -57,13 +64,14 @@ SHOW_S = 1.0
 async def run(run: RunConfig, actor: ActorConfig, name: str) -> None:
     """Serve the learner of `run` until told to leave. Raises IsentropeError: it cannot go on."""
     _vet(run)
-    desk = Desk(actor.slots, actor.prefetch)
+    desk = Desk(actor.slots, actor.prefetch, actor.adaptive)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, desk.leave, number.name)
-    engine = make(run, actor)
+    engine = RestartingEngine(lambda: make(run, actor), actor.engine_restarts, actor.engine_start_s)
     try:
-        await serve(run, actor, name, engine, desk)
+        if await _started(engine, desk):
+            await serve(run, actor, name, engine, desk)
     finally:
         await engine.close()
 
@@ -83,7 +91,7 @@ async def serve(run: RunConfig, actor: ActorConfig, name: str, engine: Engine, d
         try:
             async with asyncio.TaskGroup() as tasks:
                 day = Day(me, desk, line, fetcher, stage, tasks)
-                flows = [_listen(day), _beat(day), _show(day), fetcher.follow()]
+                flows = [_listen(day), _beat(day), _guard(day), _show(day), fetcher.follow()]
                 endless = [tasks.create_task(flow) for flow in flows]
                 await desk.leaving.wait()
                 await _leave(day)
@@ -169,15 +177,7 @@ async def _take(day: Day, grant: Grant) -> None:
 async def _beat(day: Day) -> None:
     desk, line = day.desk, day.line
     while True:
-        beat = wire.Heartbeat(
-            run=desk.run,
-            incarnation=desk.incarnation,
-            capacity=desk.capacity,
-            held=tuple(desk.held),
-            version=day.fetcher.version,
-            stats=report.stats(day),
-        )
-        await line.send(beat)
+        await line.send(report.beat(day))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(line.heartbeat_s):
                 await desk.changed.wait()
@@ -193,7 +193,31 @@ async def _show(day: Day) -> None:
         await asyncio.sleep(SHOW_S)
 
 
+async def _guard(day: Day) -> None:
+    """An actor without an engine, and without hope of one, leaves."""
+    try:
+        await day.stage.engine.watch()
+    except EngineError as error:
+        log.error("%s", error)
+        day.desk.leave("no engine", fault=error)
+
+
 # -- arriving and leaving --------------------------------------------------------------------------
+
+
+async def _started(engine: RestartingEngine, desk: Desk) -> bool:
+    """Whether the engine is up; False when the actor was told to leave before. Raises what its
+    making raises: a first start that fails is not tried again."""
+    starting = asyncio.create_task(engine.start())
+    leaving = asyncio.create_task(desk.leaving.wait())
+    await asyncio.wait((starting, leaving), return_when=asyncio.FIRST_COMPLETED)
+    leaving.cancel()
+    if desk.leaving.is_set():
+        starting.cancel()
+        await asyncio.wait((starting,))
+        return False
+    await starting
+    return True
 
 
 def _vet(run: RunConfig) -> None:
@@ -220,9 +244,10 @@ async def _leave(day: Day) -> None:
     desk, line = day.desk, day.line
     held = {ticket: desk.attempt(ticket) for ticket in desk.held}
     desk.drop(held, "drained")
+    blame: Blame = "none" if desk.fault is None else "infra"
     if not desk.final:
         for ticket, attempt in held.items():
-            await line.send(desk.failure(ticket, attempt, "none", "drain"))
+            await line.send(desk.failure(ticket, attempt, blame, str(desk.fault or "drain")))
     try:
         async with asyncio.timeout(DELIVER_S):
             await desk.settled.wait()

@@ -7,17 +7,16 @@ import logging
 import time
 from typing import NamedTuple
 
-from actor import episode
-from actor.desk import Desk
+from actor import episode, report
+from actor.desk import Blame, Desk
 from actor.fetch import Fetcher
 from actor.line import Line
-from common.errors import DataError, DeadlineError, EngineError, WireError
+from common.errors import DataError, DeadlineError, EngineAway, EngineError, WireError
 from common.wire import Grant, Group, Hello
 
 log = logging.getLogger(__name__)
 
 VERSION_WAIT_S = 60.0  # a ticket waits at most so long, and at most a lease, for its min_version
-ENGINE_FAILURES = 3  # in a row: the engine is broken
 
 
 class Day(NamedTuple):
@@ -33,22 +32,29 @@ class Day(NamedTuple):
 
 async def work(day: Day, grant: Grant) -> None:
     """Ends with a result owed or a Failure sent; cancelled when nobody waits for the ticket."""
-    desk, ticket = day.desk, grant.ticket
+    ticket = grant.ticket
     try:
         frame = day.line.encode(await _result(day, grant))
     except DeadlineError:
-        await day.line.send(desk.give_back(ticket.id, "none", "version"))
-    except (DataError, WireError) as error:
-        log.warning("ticket %d (%s): %s", ticket.id, ticket.problem, error)
-        await day.line.send(desk.give_back(ticket.id, "data", str(error)))
+        await day.line.send(day.desk.give_back(ticket.id, "none", "version"))
+    except EngineAway as error:
+        await _without_engine(day, ticket.id, "none", str(error))
     except EngineError as error:
         log.error("ticket %d: %s", ticket.id, error)
-        await day.line.send(desk.give_back(ticket.id, "infra", str(error)))
-        _count_engine_failure(desk, error)
+        await _without_engine(day, ticket.id, "infra", str(error))
+    except (DataError, WireError) as error:
+        log.warning("ticket %d (%s): %s", ticket.id, ticket.problem, error)
+        await day.line.send(day.desk.give_back(ticket.id, "data", str(error)))
     else:
-        desk.engine_failures = 0
-        desk.finish(ticket.id, frame)
+        day.desk.finish(ticket.id, frame)
         await day.line.send_frame(frame)
+
+
+async def _without_engine(day: Day, ticket: int, blame: Blame, reason: str) -> None:
+    """Give it back, after a heartbeat that says how many others this actor takes: with the learner
+    believing that there is room here, the ticket would come back at once, and again."""
+    await day.line.send(report.beat(day))
+    await day.line.send(day.desk.give_back(ticket, blame, reason))
 
 
 async def _result(day: Day, grant: Grant) -> Group:
@@ -71,10 +77,3 @@ async def _result(day: Day, grant: Grant) -> Group:
         actor=day.me.actor,
         timings={"wait_s": wait_s, **timings},
     )
-
-
-def _count_engine_failure(desk: Desk, error: EngineError) -> None:
-    """An engine that does nothing but fail would eat every ticket's budget: leave instead."""
-    desk.engine_failures += 1
-    if desk.engine_failures >= ENGINE_FAILURES:
-        desk.leave(f"the engine failed {ENGINE_FAILURES} times in a row", fault=error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -42,6 +43,57 @@ class ActorStatus(msgspec.Struct, kw_only=True):
     kv_use: float = 0.0  # share of the KV cache in use, 0…1
     pause_s: float = 0.0  # seconds spent so far with decoding held for a swap
     silent_s: float = 0.0  # seconds since its last word
+    up: bool = True  # it has an engine
+    window: int = 0  # tickets that its engine can take …
+    ceiling: int = 0  # … of so many that would fill it
+    window_why: str = ""  # it last moved
+    restarts: int = 0  # engines that took the place of a broken one
+    trouble: str = ""  # what the last one broke of
+    refused: int = 0  # weight versions that were not what they should be, at each try
+    refusal: str = ""  # what was wrong with the last one, and what is served
+
+    @classmethod
+    def of(
+        cls,
+        version: int,
+        capacity: int,
+        stats: Mapping[str, float],
+        notes: Mapping[str, str],
+        held: int | None = None,
+        silent_s: float = 0.0,
+    ) -> ActorStatus:
+        """From what a heartbeat says: `stats` and `notes` may lack anything."""
+        return cls(
+            version=max(version, 0),
+            tokens_per_s=stats.get("tokens_per_s", 0.0),
+            busy=stats.get("busy", 0.0),
+            running=int(stats.get("running", 0)),
+            waiting=int(stats.get("waiting", 0)),
+            held=int(stats.get("held", 0)) if held is None else held,
+            capacity=capacity,
+            kv_use=stats.get("kv_use", 0.0),
+            pause_s=stats.get("pause_s", 0.0),
+            silent_s=silent_s,
+            up=bool(stats.get("up", 1.0)),
+            window=int(stats.get("window", capacity)),
+            ceiling=int(stats.get("ceiling", capacity)),
+            window_why=notes.get("window", ""),
+            restarts=int(stats.get("restarts", 0)),
+            trouble=notes.get("trouble", ""),
+            refused=int(stats.get("refused_versions", 0)),
+            refusal=notes.get("refused", ""),
+        )
+
+    def remarks(self) -> list[str]:
+        """What a person should know of it, in words; the window apart, which moves often."""
+        said = []
+        if not self.up:
+            said.append(f"its engine broke and is made again: {self.trouble}")
+        elif self.restarts:
+            said.append(f"engine restarted {self.restarts} × (the last one: {self.trouble})")
+        if self.refusal:
+            said.append(f"{self.refusal} ({self.refused} × refused)")
+        return said
 
 
 class Heldout(msgspec.Struct, kw_only=True):

@@ -39,6 +39,7 @@ class EngineStats(NamedTuple):
     preemptions: int = 0  # sequences that lost their place in the KV cache, so far
     up: bool = True  # False: there is no engine just now, another one is being made
     restarts: int = 0  # engines that took the place of a broken one, so far
+    trouble: str = ""  # what the last one broke of
 
 
 class Engine(Protocol):

@@ -6,7 +6,8 @@
 The event loop owns requests and futures; everything else belongs to one worker thread, in hops of
 some 20 ms. Between two hops `_drive` delivers what ended and hands over a staged swap. What is
 waited for: `_drive` waits for `_wake` (generate, update_weights and close set it), generate for its
-request, update_weights for its swap; all of them end when the engine closes or breaks.
+request, update_weights for its swap, watch for the end; all of them end when the engine closes or
+breaks.
 
 The same prefix under the same weights and seed samples the same tokens whatever runs beside it, as
 far as matrix products of different batch sizes agree: their last bits may differ, so a draw within
@@ -70,6 +71,7 @@ class TorchEngine:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._broken: EngineError | None = None
+        self._over = asyncio.Event()  # it is broken or closed
         self._meter = Meter()
         self._pause_s = 0.0
         self._pool = ThreadPoolExecutor(
@@ -126,8 +128,15 @@ class TorchEngine:
             tokens=self._batch.tokens,
         )
 
+    async def watch(self) -> None:
+        """Its worker raised, or its thread is gone: both end the drive task."""
+        await self._over.wait()
+        assert self._broken is not None
+        raise self._broken
+
     async def close(self) -> None:
         self._broken = self._broken or EngineError("the engine is closed")
+        self._over.set()
         self._wake.set()
         if self._task is not None:
             await asyncio.wait([self._task])
@@ -174,6 +183,7 @@ class TorchEngine:
         if error is not None:
             self._broken = EngineError(f"the torch engine broke: {type(error).__name__}: {error}")
             self._broken.__cause__ = error
+            self._over.set()
             self._fail_all(self._broken)
 
     def _fail_all(self, error: EngineError) -> None:
