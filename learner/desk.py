@@ -80,6 +80,7 @@ class Actor:
     seen: float
     version: int = -1
     stats: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
     invalid: int = 0  # invalid results in a row
     draining: bool = False
 
@@ -307,11 +308,8 @@ class Desk:
         actor.seen = now
         match message:
             case Heartbeat():
-                actor.capacity, actor.version, actor.stats = (
-                    message.capacity,
-                    message.version,
-                    message.stats,
-                )
+                actor.capacity, actor.version = message.capacity, message.version
+                actor.stats, actor.notes = message.stats, message.notes
                 self._leases.renew(message.held, peer, now)
             case Group():
                 self._result(peer, actor, message, frame)
