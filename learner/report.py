@@ -52,6 +52,7 @@ class Report:
         self._started = False
         self._wait_s = 0.0
         self._busy: list[float] = []
+        self._engine_restarts: dict[str, int] = {}
         for label, point in ledger.evaluations.items():
             if point.is_answered:
                 self._points[label] = (_step_of(label, config.steps), point)
@@ -133,7 +134,11 @@ class Report:
         return self._before_s + (time.monotonic() - self._began if self._started else 0.0)
 
     def _note_actors(self, desk: Desk) -> None:
-        shares = [actor.stats.get("busy", 0.0) for actor in desk.actors.copy().values()]
+        actors = list(desk.actors.copy().values())
+        for actor in actors:
+            if restarts := int(actor.stats.get("restarts", 0)):
+                self._engine_restarts[actor.name] = restarts
+        shares = [actor.stats.get("busy", 0.0) for actor in actors]
         if shares:
             self._busy.append(sum(shares) / len(shares))
 
@@ -208,11 +213,6 @@ class Report:
         warnings = [desk.blocked] if desk.blocked else []
         if not desk.actors:
             warnings.append("no actor is connected; waiting for one")
-        for actor in desk.actors.copy().values():
-            if actor.stats.get("weights_refused"):
-                warnings.append(
-                    f"{actor.name} refused a weight version and serves version {actor.version}"
-                )
         for reason, count in desk.counts.copy().items():
             if reason.startswith(("invalid_", "refused_")) or reason == "quarantined":
                 warnings.append(f"{reason}: {count}")
@@ -252,6 +252,7 @@ class Report:
             "lag_mean": sum(k * v for k, v in self._lags.items()) / rollouts if rollouts else 0.0,
             "lag_max": max(self._lags, default=0),
             "max_lag": self._config.max_lag,
+            "engine_restarts": self._engine_restarts,
             "learner_idle": sum(line.get("wait_s") or 0.0 for line in self._lines) / steps_s
             if steps_s
             else 0.0,
@@ -303,16 +304,12 @@ def _actors(desk: Desk) -> dict[str, ActorStatus]:
     now = time.monotonic()
     held = desk.held()
     return {
-        actor.name: ActorStatus(
-            version=max(actor.version, 0),
-            tokens_per_s=actor.stats.get("tokens_per_s", 0.0),
-            busy=actor.stats.get("busy", 0.0),
-            running=int(actor.stats.get("running", 0)),
-            waiting=int(actor.stats.get("waiting", 0)),
+        actor.name: ActorStatus.of(
+            actor.version,
+            actor.capacity,
+            actor.stats,
+            actor.notes,
             held=held.get(peer, 0),
-            capacity=actor.capacity,
-            kv_use=actor.stats.get("kv_use", 0.0),
-            pause_s=actor.stats.get("pause_s", 0.0),
             silent_s=now - actor.seen,
         )
         for peer, actor in desk.actors.copy().items()
