@@ -84,6 +84,8 @@ def test_a_reward_that_cannot_be_is_refused_with_the_recipe(
 
 def test_tickets_carry_the_parts_and_their_weights(tmp_path: Path) -> None:
     class Letters:
+        chat_template = None
+
         def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
             return {"input_ids": [ord(letter) for letter in text]}
 

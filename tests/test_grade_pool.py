@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -160,7 +161,7 @@ async def test_a_later_part_may_abstain(pool: Pool) -> None:
     [
         ("python:our_graders:missing", "no grader"),
         ("python:no_such_module:f", "no grader"),
-        ("nonsense", "give exact, or python:MODULE:FUNCTION"),
+        ("nonsense", "give exact, numeric, math_verify, reasoning_gym, or python:MODULE:FUNCTION"),
         ("python:our_graders:short", "must return a list of 2 scores"),
     ],
 )
@@ -176,3 +177,31 @@ async def test_a_grader_that_cannot_grade_says_why(pool: Pool, grader: str, said
 
 async def test_a_ticket_without_a_grader_is_an_error_not_a_reward(pool: Pool) -> None:
     assert "names no grader" in (await pool.grade("?", ["a"], Grading()))[0].error
+
+
+@pytest.mark.parametrize(
+    ("grader", "package"), [("math_verify", "math_verify"), ("reasoning_gym", "reasoning_gym")]
+)
+def test_a_grader_whose_library_is_missing_names_what_to_install(grader: str, package: str) -> None:
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from actor.grade.worker import Question, answer\n"
+        f"q = Question(grader={grader!r}, prompt='', texts=['1'], gold='1', columns={{}}, "
+        "options={})\n"
+        "print(answer(q).error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == (
+        f"DataError: grader {grader!r} needs the package {package!r}: "
+        "pip install 'isentrope[graders]'\n"
+    )
+
+
+async def test_a_complaint_of_a_grader_is_logged_once(
+    pool: Pool, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        await pool.grade("?", ["raise"], _grading("poisoned"))
+    assert [r.message for r in caplog.records] == [
+        "verifier_error: poisoned: ZeroDivisionError: one two"
+    ]

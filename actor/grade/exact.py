@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
+from common.grading import Extraction
 
-def exact(text: str, gold: str, after: str = "") -> float:
-    """1.0 if what follows the last `after` in `text` is `gold`, spaces at both ends apart.
 
-    Without `after` the whole text is the answer; a text that lacks `after` has no answer.
-
-    Example: `exact("12+7=19#19", "19", after="#") == 1.0`
-    """
-    if after not in text:
-        return 0.0
-    answer = text.rsplit(after, 1)[-1] if after else text
-    return float(answer.strip() == gold)
+def judge(gold: str, answer: str, options: Extraction, columns: bytes) -> float:
+    """1.0 if `answer` is `gold`, letter by letter, spaces at both ends of it apart."""
+    return float(answer == gold)

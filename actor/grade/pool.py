@@ -6,9 +6,9 @@ pickle), so killing one by its id harms no other; a `concurrent.futures` pool is
 when one of its processes dies.
 
 All rollouts of a group are one question. If that fails they are asked again one by one, so that a
-single poisonous text does not take its siblings' verdicts with it. `exact` is pure and ours and
-takes microseconds: it is called in place, a hop to a process would cost the event loop more than
-the grading.
+single poisonous text does not take its siblings' verdicts with it. `exact` and `numeric` are pure
+and ours and take microseconds: they are called in place, a hop to a process would cost the event
+loop more than the grading.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from common.wire import GradePart, Grading
 
 log = logging.getLogger(__name__)
 
-IN_PLACE = frozenset({"exact"})
+IN_PLACE = frozenset({"exact", "numeric"})
+TOLD = 64  # different complaints of graders that are logged, each once
 LOAD_S = 60.0  # to start a process and import a grader; not part of the deadline of grading
 
 
@@ -49,13 +50,19 @@ class Pool:
         self._idle = [Worker() for _ in range(max(1, workers))]
         self._workers = tuple(self._idle)
         self._free = asyncio.Semaphore(len(self._idle))
+        self._told: set[str] = set()
 
     async def grade(self, prompt: str, texts: Sequence[str], grading: Grading) -> list[Verdict]:
         """One verdict a text; never raises because of a grader."""
         if not grading.parts:
             return [Verdict({}, "verifier_error: the ticket names no grader")] * len(texts)
         columns = [await self._part(prompt, texts, grading, part) for part in grading.parts]
-        return [_verdict(grading.parts, scores) for scores in zip(*columns, strict=True)]
+        verdicts = [_verdict(grading.parts, scores) for scores in zip(*columns, strict=True)]
+        for error in {v.error for v in verdicts if v.error} - self._told:
+            if len(self._told) < TOLD:
+                self._told.add(error)
+                log.warning("%s", error)
+        return verdicts
 
     async def close(self) -> None:
         for worker in self._workers:
