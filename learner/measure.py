@@ -14,19 +14,26 @@ pass through l and is not part of the prediction.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from learner.batch import Batch
 from learner.config import LearnerConfig
-from learner.loss import clipped, old, proximal, ratio, rows
+from learner.loss import clipped, correction, old, proximal, ratio, rows
+from learner.methods.base import moments
 from learner.table import Table
 
 Metrics = dict[str, float | dict[str, float]]
 
 # (sign of the advantage, sign of q - exp(-H)): where a token's push on the entropy comes from
 QUADRANTS = ("A+ likely", "A+ unlikely", "A- likely", "A- unlikely")
+
+
+_ALARM = 0.1  # of the deviation of w r (S - N)
+_CHANCE = 4.0  # standard errors
 
 
 class Law:
@@ -60,20 +67,56 @@ def entropy_forecast(table: Table, c: Tensor, lr: float) -> Metrics:
 
     c_i holds the token's share of the loss (1 / tokens), so the sum is a mean per token.
     """
-    on = table.mask & ~table.aux
-    change = torch.where(on, predicted(table, c, lr), 0.0).double()
-    likely = table.logp > -table.H
-    good = table.advantage > 0
-    bad = table.advantage < 0
-    sets = (good & likely, good & ~likely, bad & likely, bad & ~likely)
+    return _change("entropy_predicted", predicted(table, c, lr), table)
+
+
+def entropy_change(table: Table, after: Tensor) -> Metrics:
+    """The same parts of what happened: the mean change per main token, given their H afterwards."""
+    change = (after - table.H) / max(1, int(table.main.sum()))
+    return _change("entropy_realised", change, table)
+
+
+def _change(name: str, change: Tensor, table: Table) -> Metrics:
+    whole, lags = parts(change, table, table.main)
     return {
-        "entropy_predicted": float(change.sum()),
-        "entropy_predicted_up": float(change.clamp(min=0).sum()),
-        "entropy_predicted_down": float(change.clamp(max=0).sum()),
-        "entropy_quadrants": {
-            name: float(change[which].sum()) for name, which in zip(QUADRANTS, sets, strict=True)
-        },
+        name: whole.pop("total"),
+        f"{name}_up": whole.pop("up"),
+        f"{name}_down": whole.pop("down"),
+        "entropy_quadrants" if name == "entropy_predicted" else f"{name}_quadrants": whole,
+        f"{name}_by_lag": lags,
     }
+
+
+def parts(change: Tensor, table: Table, on: Tensor) -> tuple[dict[str, float], dict[str, float]]:
+    """Sums of `change` float [T] where `on`: total, up, down and the quadrants; in all, and by lag
+    ("LAG/PART"), where they add up to the former.
+    """
+    change = change.masked_fill(~on, 0.0).double()
+    likely = table.logp > -table.H
+    good, bad = table.advantage > 0, table.advantage < 0
+    sets = (good & likely, good & ~likely, bad & likely, bad & ~likely)
+    columns = {"total": change, "up": change.clamp(min=0), "down": change.clamp(max=0)}
+    columns |= {name: change * which for name, which in zip(QUADRANTS, sets, strict=True)}
+    keep = _sums(on, table.lag) > 0
+    whole: dict[str, float] = {}
+    lags: dict[str, float] = {}
+    for name, column in columns.items():
+        whole[name] = float(column.sum())
+        of_lag = _named(_sums(column, table.lag), keep)
+        lags |= {f"{lag}/{name}": value for lag, value in of_lag.items()}
+    return whole, lags
+
+
+def add(a: Metrics, b: Metrics) -> Metrics:
+    """Metrics of two updates, added."""
+    total: Metrics = dict(a)
+    for key, y in b.items():
+        x = total.get(key, {} if isinstance(y, dict) else 0.0)
+        if isinstance(x, dict) and isinstance(y, dict):
+            total[key] = {k: x.get(k, 0.0) + y.get(k, 0.0) for k in x | y}
+        elif isinstance(x, float) and isinstance(y, float):
+            total[key] = x + y
+    return total
 
 
 def by_lag(table: Table, config: LearnerConfig) -> Metrics:
@@ -81,9 +124,11 @@ def by_lag(table: Table, config: LearnerConfig) -> Metrics:
     on = table.mask & ~table.aux
     t = table.take(on.nonzero().squeeze(1))
     lp = proximal(t.logp, t.lp, t.lb, t.lag, config)
-    r = rows(t.logp, lp, t.lb, t.mask, t.row, config).ratio
-    if r is None:
-        r = ratio(t.logp, old(lp, t.lb, config))
+    of_row = rows(t.logp, lp, t.lb, t.mask, t.row, config)
+    r = ratio(t.logp, old(lp, t.lb, config)) if of_row.ratio is None else of_row.ratio
+    applied = (correction(lp, t.lb, config) if of_row.w is None else of_row.w).double()
+    if config.loss != "reinforce":  # which has no ratio
+        applied = applied * r
     w = ratio(t.logp, t.lb).double()
     log_w = (t.logp - t.lb).double()
     n = _sums(torch.ones_like(w), t.lag)
@@ -95,17 +140,50 @@ def by_lag(table: Table, config: LearnerConfig) -> Metrics:
         # the non-negative estimator from samples of the behaviour policy: E[w - 1 - ln w] = KL(b‖p)
         "kl": _sums(w - 1 - log_w, t.lag) / n,
         "entropy_by_lag": _sums(t.H, t.lag) / n,
-        # σ of S = q (H + ln q), and the mean of S - N under w: 0 where w corrects for all staleness
+        # σ of S = q (H + ln q), and the mean of S - N under the weights that the loss applies: 0
+        # where these correct for all staleness
         "discriminator_std": (_sums(t.S**2, t.lag) / n - (_sums(t.S, t.lag) / n) ** 2)
         .clamp(min=0)
         .sqrt(),
-        "discriminator_drift": _sums(w * (t.S - t.N), t.lag) / n,
+        "discriminator_drift": _sums(applied * (t.S - t.N), t.lag) / n,
     }
     found: Metrics = {k: _named(v, keep) for k, v in means.items()}
     total = max(1, len(w))
     found["ess_share"] = float(w.sum() ** 2 / (total * (w * w).sum())) if len(w) else 1.0
     found["entropy"] = float(t.H.double().sum()) / total
-    return found
+    return found | _discriminators(t, applied)
+
+
+def _discriminators(t: Table, applied: Tensor) -> Metrics:
+    """σ of S over the tokens, and the off-policyness alarm."""
+    if not len(applied):
+        return {}
+    _, sigma = moments(t.S, t.mask)
+    mean, spread = moments(applied * (t.S - t.N), t.mask)
+    return {
+        "discriminator_std_all": sigma,
+        "off_policy": mean / spread if spread > 0 else 0.0,
+    }
+
+
+def off_policy_alarm(metrics: Mapping[str, Any]) -> list[str]:
+    """A line for people where the weighted mean of S - N is farther from 0 than chance explains.
+
+    On policy it is 0 (arXiv 2602.03392, corollary 3.4). An older, flatter behaviour policy acts
+    like samples of a higher temperature: it is below 0, and right answers push the entropy up.
+    """
+    drift, tokens = metrics.get("off_policy"), metrics.get("tokens")
+    if not drift or not tokens:
+        return []
+    limit = max(_ALARM, _CHANCE / math.sqrt(tokens))
+    if abs(drift) <= limit:
+        return []
+    way = "up" if drift < 0 else "down"
+    return [
+        f"off-policy: the mean of S - N is {drift:+.2f} of its deviations from 0 (limit "
+        f"{limit:.2f}): by staleness alone right answers push the entropy {way}; lower max_lag, "
+        "or take an importance correction"
+    ]
 
 
 def rollouts_by_lag(batch: Batch) -> Metrics:
@@ -124,6 +202,7 @@ def rollouts_by_lag(batch: Batch) -> Metrics:
         asked = [i.ticket.sampling.temperature for i in batch.items[batch.main_groups :]]
         found["aux_rollouts"] = float((~main).sum())
         found["aux_reward"] = float(batch.reward[~main].mean())
+        found["aux_correct"] = float(batch.correct[~main].mean())
         found["aux_temperature"] = math.fsum(asked) / len(asked)
     return found
 

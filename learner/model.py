@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import transformers
@@ -32,6 +32,8 @@ _LOGIT_TRICKS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 class Policy(nn.Module):
     """`net` is a transformers causal language model. Dropout is off: log-probs mean one thing."""
+
+    statistics: ClassVar[str] = "HN"  # what its head gives of the whole vocabulary
 
     def __init__(self, net: nn.Module, config: LearnerConfig) -> None:
         super().__init__()

@@ -21,6 +21,7 @@ from learner.config import LearnerConfig
 from learner.evaluation import Evaluation
 from learner.inbox import Selection
 from learner.ledger import Ledger
+from learner.measure import off_policy_alarm
 
 if TYPE_CHECKING:
     from learner.desk import Desk
@@ -211,6 +212,7 @@ class Report:
 
     def _warnings(self, desk: Desk) -> list[str]:
         warnings = [desk.blocked] if desk.blocked else []
+        warnings += off_policy_alarm(self._lines[-1] if self._lines else {})
         if not desk.actors:
             warnings.append("no actor is connected; waiting for one")
         for reason, count in desk.counts.copy().items():

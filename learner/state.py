@@ -74,7 +74,7 @@ def state_of(policy: models.Policy, run: RunConfig, config: LearnerConfig) -> Tr
     )
     methods = Methods(config.methods)
     facts = constants(policy, config)
-    methods.fits(facts["max_entropy"])
+    methods.fits(facts["max_entropy"], policy.statistics)
     states = methods.initial()
     state = TrainState(policy, optimizer, masters, run.seed, methods_state=states)
     state.ask = methods.ask(facts, states)

@@ -22,7 +22,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,10 +33,12 @@ from learner.comm import Comm
 from learner.config import LearnerConfig
 from learner.head import Objective
 from learner.item import Item
-from learner.loss import Rows, correction, old, proximal, rows, rows_wanted, scale, surrogate
-from learner.measure import Metrics, by_lag, entropy_forecast, rollouts_by_lag
+from learner.loss import Rows, rows, rows_wanted, scale
+from learner.measure import Metrics, add, by_lag, entropy_change, entropy_forecast, rollouts_by_lag
 from learner.methods.base import Ask
 from learner.methods.compose import Factors, Methods
+from learner.methods.effect import scaled
+from learner.slopes import Shares, coefficients, credit, weighted, with_surrogate
 from learner.state import TrainState, constants, make_state
 from learner.table import Static, Table
 
@@ -61,8 +62,11 @@ class _Work:
     methods: Methods
     batch: Batch
     static: Static  # advantages filled in
-    scale: Tensor  # share of a main token in the total loss; 0 for aux
-    extra_scale: Tensor  # the same, and for aux tokens 1 / (aux rollouts · length)
+    plain: Tensor  # advantages before the methods' group factors
+    of_groups: Mapping[str, Tensor]  # these factors, by method
+    scaled: Metrics  # … and what they did
+    shares: Shares
+    lr: float
     micros: tuple[Micro, ...]  # of this rank
 
 
@@ -75,6 +79,7 @@ class _Pass:
     loss: float
     bonus: float
     effects: Metrics  # of the methods, methods/NAME/…
+    credit: Metrics  # what each adds to the prediction
 
 
 def train_step(
@@ -87,17 +92,17 @@ def train_step(
     """
     began = time.perf_counter()
     work = _prepare(state, items, config, comm or Comm.current())
-    lr = config.lr * min(1.0, (state.t + 1) / max(1, config.warmup_steps))
     passes: list[_Pass] = []
     forecast: Metrics = {}
     for update in range(config.updates_per_batch):
-        done = _gradients(state, work, update, passes[0].table.lp if passes else None)
-        norm = _apply(state, work.comm, config, lr)
-        forecast = _sum(forecast, entropy_forecast(done.table, done.c, lr))
+        done = _gradients(state, work, update, passes[0].table if passes else None)
+        norm = _apply(state, work.comm, config, work.lr)
+        forecast = add(forecast, entropy_forecast(done.table, done.c, work.lr) | done.credit)
         passes.append(done)
     first, last = passes[0], passes[-1]
-    metrics: Metrics = {"lr": lr, "tokens": float((work.scale > 0).sum()), "grad_norm": norm}
-    metrics |= {"loss": last.loss, "entropy_bonus": last.bonus} | last.effects
+    metrics: Metrics = {"lr": work.lr, "grad_norm": norm, "loss": last.loss}
+    metrics |= {"tokens": float((work.shares.main > 0).sum()), "entropy_bonus": last.bonus}
+    metrics |= work.scaled | last.effects
     # ratios of the last update, which moved furthest; the entropy before the first
     metrics |= rollouts_by_lag(work.batch) | by_lag(last.table, config) | forecast
     metrics["entropy"] = _mean_entropy(first.table)
@@ -114,9 +119,17 @@ def _prepare(state: TrainState, items: Sequence[Item], config: LearnerConfig, co
     assert items, "a step needs a batch"
     methods = Methods(config.methods)
     batch = flatten(items, state.t)
-    where = state.model.device
-    advantage = torch.from_numpy(_advantages(batch, methods, config)).float()
-    static = replace(batch.static, advantage=advantage[batch.static.row])
+    where, row = state.model.device, batch.static.row
+    of_groups = methods.scale_groups([item.group for item in batch.items[: batch.main_groups]])
+    by_row = {name: _by_row(factor, batch) for name, factor in of_groups.items()}
+    plain = _advantages(batch, config)
+    advantage = plain * math.prod(by_row.values(), start=np.ones(batch.rows))
+    static = replace(
+        batch.static,
+        advantage=torch.from_numpy(advantage).float()[row],
+        # what is not trained on may have come with anything
+        lb=batch.static.lb.masked_fill(~batch.static.mask, 0.0),
+    )
     main, aux = static.mask & ~static.aux, static.mask & static.aux
     share = scale(main, static.row, config.aggregation, config.max_tokens)
     aux_share = scale(aux, static.row, "seq_mean", config.max_tokens)
@@ -127,13 +140,16 @@ def _prepare(state: TrainState, items: Sequence[Item], config: LearnerConfig, co
         methods=methods,
         batch=batch,
         static=static.to(where),
-        scale=share.to(where),
-        extra_scale=(share + aux_share).to(where),
+        plain=torch.from_numpy(plain).float()[row].to(where),
+        of_groups={k: torch.from_numpy(f).float()[row].to(where) for k, f in by_row.items()},
+        scaled={k: v for name, f in of_groups.items() for k, v in scaled(name, f).items()},
+        shares=Shares(share.to(where), (share + aux_share).to(where)),
+        lr=config.lr * min(1.0, (state.t + 1) / max(1, config.warmup_steps)),
         micros=tuple(pack(batch, rows, where) for rows in mine[comm.rank] if rows.size),
     )
 
 
-def _advantages(batch: Batch, methods: Methods, config: LearnerConfig) -> np.ndarray:
+def _advantages(batch: Batch, config: LearnerConfig) -> np.ndarray:
     """float64 [R]. Aux rows have no group to compare with: theirs is the reward itself."""
     main = batch.row_group < batch.main_groups
     value = batch.reward.copy()
@@ -141,17 +157,26 @@ def _advantages(batch: Batch, methods: Methods, config: LearnerConfig) -> np.nda
     value[main] = advantages(
         score[main], batch.row_group[main], config.advantage, config.psr_weight
     )
-    factor = methods.scale_groups([item.group for item in batch.items[: batch.main_groups]])
-    value[main] *= factor[batch.row_group[main]]
     return value
+
+
+def _by_row(factor: np.ndarray, batch: Batch) -> np.ndarray:
+    """float64 [R] of factors [main groups]; 1 for aux rows."""
+    padded: np.ndarray = np.ones(len(batch.items))
+    padded[: batch.main_groups] = factor
+    by_row: np.ndarray = padded[batch.row_group]
+    return by_row
 
 
 # ---- one update --------------------------------------------------------------------------------
 
 
-def _gradients(state: TrainState, work: _Work, update: int, lp: Tensor | None) -> _Pass:
-    """Leave the gradient of this rank's share of the loss in the parameters. `lp` None: lp is l."""
+def _gradients(state: TrainState, work: _Work, update: int, first: Table | None) -> _Pass:
+    """Leave the gradient of this rank's share of the loss in the parameters. `first`: the table of
+    the step's first update; None: this is it, and lp is l.
+    """
     when, updates = (state.seed, state.t, update), work.config.updates_per_batch
+    lp = None if first is None else first.lp
     table, of_row, wants_table = None, Rows(), work.methods.needs_table
     if wants_table or rows_wanted(work.config, first=update == 0):
         logp, H, N = _columns(state, work)
@@ -161,14 +186,14 @@ def _gradients(state: TrainState, work: _Work, update: int, lp: Tensor | None) -
         static, logp_now = work.static, None if table is None else table.logp
         of_row = rows(logp_now, lp, static.lb, static.mask, static.row, work.config)
     if wants_table and table is not None:
-        table = _with_surrogate(table, work.config, of_row)
+        table = with_surrogate(_with_start(table, first), work.config, of_row)
     factors = work.methods.factors(
         table if wants_table else None,
         lambda weight: _coefficients(work, table, weight, of_row),
         state.methods_state,
     )
     state.forget_gradients()
-    seen = work.scale.new_zeros((5, work.scale.numel()))  # l, H, N, c, loss
+    seen = work.plain.new_zeros((5, work.plain.numel()))  # l, H, N, c, loss
     for micro in work.micros:
         made = seen.new_zeros((2, micro.tokens.numel()))  # c, loss
         objective = _objective(work, micro, lp, of_row, factors, when, made)
@@ -177,7 +202,20 @@ def _gradients(state: TrainState, work: _Work, update: int, lp: Tensor | None) -
         seen[:, micro.tokens] = torch.cat([torch.stack(columns), made])
     logp, H, N, c, loss = work.comm.gather(seen)
     table = Table.join(work.static, logp, logp if lp is None else lp, H, N, when, updates)
-    return _Pass(table, c, float(loss.double().sum()), factors.bonus, factors.effects)
+    added = credit(
+        work.methods,
+        factors,
+        work.of_groups,
+        table,
+        lambda: _coefficients(work, replace(table, advantage=work.plain), None, of_row),
+        work.shares,
+        work.lr,
+    )
+    return _Pass(table, c, float(loss.double().sum()), factors.bonus, factors.effects, added)
+
+
+def _with_start(table: Table, first: Table | None) -> Table:
+    return table if first is None else replace(table, H0=first.H, N0=first.N)
 
 
 def _objective(
@@ -195,7 +233,7 @@ def _objective(
     """
     here = micro.tokens
     static, updates = work.static.take(here), work.config.updates_per_batch
-    share, extra_share = work.scale[here], work.extra_scale[here]
+    share, extra_share = work.shares.main[here], work.shares.extra[here]
     start, of_row = None if lp is None else lp[here], of_row.take(here)
     weight = None if factors.weight is None else factors.weight[here]
     bonus = share * factors.bonus if factors.where is None else _bonus(share, factors, here)
@@ -211,7 +249,7 @@ def _objective(
             before = logp.detach() if start is None else start[part]
             table = Table.join(static.take(part), logp, before, H, N, when, updates)
             own = None if weight is None else weight[part]
-            loss = _weighted(table, share[part], work.config, own, of_row.take(part))
+            loss = weighted(table, share[part], work.config, own, of_row.take(part))
             extra = work.methods.extra_loss(table, {k: p[part] for k, p in plans.items()})
             if extra is not None:
                 loss = loss + extra_share[part] * extra
@@ -226,47 +264,22 @@ def _objective(
     return objective
 
 
-def _weighted(
-    table: Table, share: Tensor, config: LearnerConfig, weight: Tensor | None, of_row: Rows
-) -> Tensor:
-    """[T]: every token's part of the total loss, under the methods' weights."""
-    lp = proximal(table.logp, table.lp, table.lb, table.lag, config)
-    loss = surrogate(table.logp, lp, table.lb, table.advantage, config, of_row)
-    return share * loss if weight is None else share * weight * loss
-
-
 def _bonus(share: Tensor, factors: Factors, here: Tensor) -> Tensor:
     """[tokens of a micro-batch]: the entropy bonus's coefficient in the total loss."""
     assert factors.where is not None, "a bonus that is everywhere has no column"
     return share * factors.bonus * factors.where[here]
 
 
-def _with_surrogate(table: Table, config: LearnerConfig, of_row: Rows) -> Table:
-    """The table, and what the surrogate makes of its tokens before any method."""
-    bare = msgspec.structs.replace(config, correction="none")
-    lp = proximal(table.logp, table.lp, table.lb, table.lag, config)
-    with torch.enable_grad():
-        leaf = table.logp.detach().requires_grad_()
-        loss = surrogate(leaf, lp, table.lb, table.advantage, bare, Rows(of_row.ratio))
-        (slope,) = torch.autograd.grad(loss.sum(), leaf)
-    w = correction(lp, table.lb, config) if of_row.w is None else of_row.w
-    return replace(table, old=old(lp, table.lb, config), push=-slope, w=w)
-
-
 def _coefficients(work: _Work, table: Table | None, weight: Tensor | None, of_row: Rows) -> Tensor:
     """c_i = dLoss/dl_i [T] of the whole table under `weight`."""
     assert table is not None, "coefficients are asked for by methods with a table"
-    with torch.enable_grad():
-        leaf = replace(table, logp=table.logp.detach().requires_grad_())
-        loss = _weighted(leaf, work.scale, work.config, weight, of_row)
-        (c,) = torch.autograd.grad(loss.sum(), leaf.logp)
-    return c
+    return coefficients(table, work.shares.main, work.config, weight, of_row)
 
 
 @torch.no_grad()
 def _columns(state: TrainState, work: _Work) -> tuple[Tensor, Tensor, Tensor]:
     """l, H, N of all tokens [T] at the current parameters, gathered."""
-    seen = work.scale.new_zeros((3, work.scale.numel()))
+    seen = work.plain.new_zeros((3, work.plain.numel()))
     for micro in work.micros:
         _, columns = state.model(micro)
         seen[:, micro.tokens] = torch.stack(columns)
@@ -299,30 +312,17 @@ def _realised(state: TrainState, work: _Work, before: Table, forecast: Metrics) 
     """The entropy change on the same tokens, by one more pass at the new parameters."""
     began = time.perf_counter()
     _, H, _ = _columns(state, work)
-    change = _mean_entropy(replace(before, H=H)) - _mean_entropy(before)
-    predicted = forecast["entropy_predicted"]
+    found = entropy_change(before, H)
+    predicted, change = forecast["entropy_predicted"], found["entropy_realised"]
     assert isinstance(predicted, float)
+    assert isinstance(change, float)
     state.law.add(predicted, change)
-    return {"entropy_realised": change, "entropy_measure_s": time.perf_counter() - began}
+    return found | {"entropy_measure_s": time.perf_counter() - began}
 
 
 def _mean_entropy(table: Table) -> float:
     on = table.mask & ~table.aux
     return float(table.H[on].double().sum()) / max(1, int(on.sum()))
-
-
-def _sum(a: Metrics, b: Metrics) -> Metrics:
-    """Metrics of two updates, added."""
-    if not a:
-        return b
-    total: Metrics = {}
-    for key, x in b.items():
-        y = a[key]
-        if isinstance(x, dict) and isinstance(y, dict):
-            total[key] = {k: y[k] + v for k, v in x.items()}
-        elif isinstance(x, float) and isinstance(y, float):
-            total[key] = x + y
-    return total
 
 
 def _tell_methods(

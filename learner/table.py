@@ -61,6 +61,10 @@ class Table(Static):
 
     updates: int = 1  # that this step has
 
+    # H and N at the start of the step, where lp is from; None: this is the start.
+    H0: Tensor | None = None
+    N0: Tensor | None = None
+
     # What the surrogate makes of every token, float32 [T]; None in the tables of micro-batches.
     old: Tensor | None = None  # the log-prob that its ratio divides by: lp, or lb
     push: Tensor | None = None  # -dL/dl of its own loss without w: A r, 0 where a clip stops it
@@ -90,6 +94,13 @@ class Table(Static):
         """bool [T]: a clip lets no gradient through."""
         assert self.push is not None, "only a whole table knows what the clips stop"
         return (self.push == 0) & (self.advantage != 0)
+
+    @property
+    def start(self) -> Table:
+        """As it was at the start of the step: l is lp, H and N are those of then."""
+        if self.H0 is None or self.N0 is None:
+            return self
+        return replace(self, logp=self.lp, H=self.H0, N=self.N0)
 
     @property
     def S(self) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from common.config import NotNegative, Positive, need
-from learner.methods.base import Governed, Method, State, refuse_above
+from learner.methods.base import Governed, Method, State, finite, known, moments, refuse_above
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +45,10 @@ class AdaptiveEntropy(Method, frozen=True, kw_only=True, tag="adaptive_entropy")
         return self.signal == "current"
 
     @property
+    def statistics(self) -> str:
+        return "H"
+
+    @property
     def neutral(self) -> bool:
         return self.delta == 0 and self.start == 0
 
@@ -52,7 +56,8 @@ class AdaptiveEntropy(Method, frozen=True, kw_only=True, tag="adaptive_entropy")
         entropy = state["entropy"]
         if table is not None:
             on = table.main
-            entropy = float(table.H[on].double().mean()) if bool(on.any()) else None
+            H = finite(self, "H", table.H, on, table)
+            entropy = moments(H, on)[0] if bool(on.any()) else None
         low = entropy is not None and entropy <= self.target
         return Governed(
             bonus=state["c"] if low else 0.0, numbers={"coefficient": float(state["c"])}
@@ -62,7 +67,7 @@ class AdaptiveEntropy(Method, frozen=True, kw_only=True, tag="adaptive_entropy")
         return {"c": self.start, "entropy": None}
 
     def observe(self, state: State, facts: Mapping[str, float]) -> State:
-        entropy, c = facts["entropy"], state["c"]
+        entropy, c = known(self, facts, "entropy"), state["c"]
         if entropy < self.target:
             c += self.delta
         elif entropy > self.target:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from common.config import NaturalInt, NotNegative, Positive, Share, need
-from learner.methods.base import Ask, Method, State, refuse_above
+from learner.methods.base import Ask, Method, State, known, refuse_above
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,12 +51,17 @@ class Aepo(Method, frozen=True, kw_only=True, tag="aepo"):
         refuse_above(self, "target", self.target, max_entropy)
 
     @property
+    def statistics(self) -> str:
+        return "H"
+
+    @property
     def neutral(self) -> bool:
         return self.alpha == 0
 
     def extra_loss(self, table: Table, plan: Tensor | None) -> Tensor:
         share = min(1.0, (table.when[1] + 1) / self.warmup) if self.warmup else 1.0
-        right = table.aux & (table.advantage >= self.r_pos)  # of an aux token: the reward itself
+        # the advantage of an aux token is the reward itself
+        right = table.mask & table.aux & (table.advantage >= self.r_pos)
         r = (table.logp - table.lp).clamp(max=20.0).exp()
         gain = r.clamp(max=1 + self.clip)  # = min(r, clip(r))
         return -self.alpha * share * gain.masked_fill(~right, 0.0)
@@ -78,7 +83,7 @@ class Aepo(Method, frozen=True, kw_only=True, tag="aepo"):
         return {"entropy": None}
 
     def observe(self, state: State, facts: Mapping[str, float]) -> State:
-        last, now = state["entropy"], facts["entropy"]
+        last, now = state["entropy"], known(self, facts, "entropy")
         if last is None:
             return {"entropy": now}
         return {"entropy": self.smoothing * last + (1 - self.smoothing) * now}

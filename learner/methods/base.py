@@ -19,6 +19,7 @@ it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -61,6 +62,11 @@ class Method(
     @property
     def name(self) -> str:
         return str(type(self).__struct_config__.tag)
+
+    @property
+    def statistics(self) -> str:
+        """Which sums over the whole vocabulary it reads: "", "H" or "HN"."""
+        return "HN" if self.needs_table else ""
 
     @property
     def neutral(self) -> bool:
@@ -145,6 +151,14 @@ def finite(method: Method, what: str, values: Tensor, on: Tensor, table: Table) 
     return inside
 
 
+def known(method: Method, facts: Mapping[str, float], name: str) -> float:
+    """A number of the last step. Raises DataError when it is none."""
+    value = facts[name]
+    if not math.isfinite(value):
+        raise DataError(f"method {method.name!r}, observe: {name} is {value} after the step")
+    return value
+
+
 def moments(values: Tensor, on: Tensor) -> tuple[float, float]:
     """Mean and population standard deviation of `values` [T] where `on`, in float64; 0 of none."""
     chosen = values[on].double()
@@ -155,11 +169,19 @@ def moments(values: Tensor, on: Tensor) -> tuple[float, float]:
 
 def quantile(values: Tensor, share: float) -> Tensor:
     """The quantile of `values` [n], n > 0, interpolated linearly; of any number of values."""
+    return quantiles(values, (share,))[0]
+
+
+def quantiles(values: Tensor, shares: Sequence[float]) -> list[Tensor]:
+    """Several of them."""
     ordered = values.sort().values
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    found = []
+    for share in shares:
+        place = share * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        found.append(ordered[low] + (ordered[high] - ordered[low]) * (place - low))
+    return found
 
 
 def blocks(table: Table, on: Tensor, rollouts: int | None) -> Iterator[Tensor]:
@@ -192,6 +214,16 @@ def overrides(method: Method, hook: str) -> bool:
 def asks(method: Method) -> bool:
     """Whether aux groups are generated for it."""
     return overrides(method, "ask") and not method.neutral
+
+
+def refuse_blind(method: Method, given: str) -> None:
+    """Raises ConfigError for sums over the vocabulary that the policy's head does not give."""
+    missing = " and ".join(name for name in method.statistics if name not in given)
+    if missing:
+        raise ConfigError(
+            f"methods: {method.name!r} reads {missing} of the whole vocabulary, which the head of "
+            "this policy does not give; take one that does, or leave the method out"
+        )
 
 
 def refuse_above(method: Method, what: str, target: float, max_entropy: float) -> None:

@@ -22,8 +22,9 @@ class ClipCov(Method, frozen=True, kw_only=True, tag="clip_cov"):
 
     C's sum over the tokens is the batch's covariance. The window holds mostly unlikely tokens with
     A < 0. Dropped tokens stay in the denominator. Which of the candidates go is a draw. Defaults
-    as released, where the scripts also open the clip range to [0, 2]. Raises DataError where l or A
-    is not finite.
+    as released; the preset "released" has means and draw of one micro-batch at a time too, and its
+    scripts open the clip range to [0, 2] (clip_low = "none", clip_high = 1). Raises DataError where
+    l or A is not finite.
     """
 
     needs_table: ClassVar[bool] = True
@@ -31,7 +32,8 @@ class ClipCov(Method, frozen=True, kw_only=True, tag="clip_cov"):
     ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 2e-4  # of the tokens; 0: off
     low: float = 1.0
     high: float = 5.0
-    scope: Literal["minibatch", "micro"] = "minibatch"  # micro: only to reproduce released code
+    preset: Literal["released"] | None = None
+    scope: Literal["minibatch", "micro"] | None = None  # None: minibatch; released micro
     micro_rollouts: PositiveInt = 8  # rollouts of a micro-batch then
 
     def check(self) -> None:
@@ -42,12 +44,17 @@ class ClipCov(Method, frozen=True, kw_only=True, tag="clip_cov"):
         )
 
     @property
+    def statistics(self) -> str:
+        return ""
+
+    @property
     def neutral(self) -> bool:
         return self.ratio == 0
 
     def drop(self, table: Table) -> Tensor:
         dropped = table.main.new_zeros(table.main.shape)
-        micro = self.micro_rollouts if self.scope == "micro" else None
+        by_micro = (self.scope or self.preset) in ("micro", "released")
+        micro = self.micro_rollouts if by_micro else None
         for block in blocks(table, table.main, micro):
             n = max(int(self.ratio * int(block.sum())), 1)
             dropped |= table.draw(self.name, n, self.candidates(table, block))

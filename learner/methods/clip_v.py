@@ -25,8 +25,9 @@ class ClipV(Method, frozen=True, kw_only=True, tag="clip_v"):
 
     Every token with A < 0 that `neg_low` drops would lower the entropy, to first order. Where more
     than `max_frac` of the tokens would go, only the max(1, ⌊max_frac · tokens⌋) farthest out do;
-    tokens with A = 0, which have no gradient, are not spared by that, as released. `kept`, with
-    `token_mean`, is the released denominator. Raises DataError where D is not finite.
+    tokens with A = 0, which have no gradient, are not spared by that, as released. D is the trained
+    policy's at the start of the step, so all updates of a step drop the same. The preset "released"
+    divides by the tokens kept (with `token_mean`). Raises DataError where D is not finite.
     """
 
     needs_table: ClassVar[bool] = True
@@ -35,7 +36,8 @@ class ClipV(Method, frozen=True, kw_only=True, tag="clip_v"):
     mu_plus: Positive | None = None  # two_sided; None: as mu
     max_frac: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1e-4  # 1: no cap
     sides: Literal["neg_low", "two_sided", "entropy_lowering"] = "neg_low"
-    denominator: Literal["original", "kept"] = "original"
+    preset: Literal["released"] | None = None
+    denominator: Literal["original", "kept"] | None = None  # None: original; released kept
 
     @property
     def neutral(self) -> bool:
@@ -43,7 +45,8 @@ class ClipV(Method, frozen=True, kw_only=True, tag="clip_v"):
 
     def drop(self, table: Table) -> Tensor:
         on = table.main
-        d = finite(self, "D", table.N - table.S, on, table)
+        start = table.start
+        d = finite(self, "D", start.N - start.S, on, table)
         sigma = moments(d, on)[1]
         if sigma < 1e-12:  # all alike
             return on & ~on
@@ -72,4 +75,6 @@ class ClipV(Method, frozen=True, kw_only=True, tag="clip_v"):
         return capped
 
     def weigh(self, table: Table, alive: Tensor) -> Tensor | None:
-        return kept(self.drop(table), table) if self.denominator == "kept" else None
+        default = "original" if self.preset is None else "kept"
+        is_kept = (self.denominator or default) == "kept"
+        return kept(self.drop(table), table) if is_kept else None

@@ -6,7 +6,7 @@ the recipe. Every answer is checked: its shape, that it is finite, that it carri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -17,7 +17,7 @@ from torch import Tensor
 from common import wire
 from common.errors import DataError
 from learner.methods import effect
-from learner.methods.base import Ask, Method, State, check, finite, overrides
+from learner.methods.base import Ask, Method, State, check, finite, overrides, refuse_blind
 from learner.table import Table
 
 
@@ -28,6 +28,8 @@ class Factors(msgspec.Struct, frozen=True):
     bonus: float = 0.0  # coefficient of an entropy bonus
     where: Tensor | None = None  # float32 [T]: its factor at every token; None: all 1
     plans: dict[str, Tensor] = {}
+    own: dict[str, Tensor] = {}  # each method's factor in `weight`
+    governor: str = ""  # whose bonus it is
     effects: dict[str, effect.Value] = {}  # what each did, methods/NAME/…
 
 
@@ -43,24 +45,27 @@ class Methods:
         self.needs_table = any(m.needs_table for m in self._all)
         self.has_extra = any(overrides(m, "extra_loss") for m in self._all)
 
-    def fits(self, max_entropy: float) -> None:
-        """Raises ConfigError for what no policy with entropies up to `max_entropy` can serve."""
+    def fits(self, max_entropy: float, statistics: str = "HN") -> None:
+        """Raises ConfigError for what a policy cannot serve that has entropies up to `max_entropy`
+        and whose head gives these `statistics`.
+        """
         for m in self._all:
+            refuse_blind(m, statistics)
             m.fits(max_entropy)
 
     def initial(self) -> dict[str, State]:
         return {m.name: m.initial() for m in self._all}
 
     @torch.no_grad()
-    def scale_groups(self, groups: Sequence[wire.Group]) -> np.ndarray:
-        """float64 [G]"""
-        product = np.ones(len(groups))
-        for m in self._all:
+    def scale_groups(self, groups: Sequence[wire.Group]) -> dict[str, np.ndarray]:
+        """float64 [G] of every method that has something to say about them."""
+        own = {}
+        for m in self._with("scale_groups"):
             factor = m.scale_groups(groups)
             if factor is not None:
-                _check_factor(m, np.asarray(factor, np.float64), groups)
-                product = product * factor
-        return product
+                own[m.name] = np.asarray(factor, np.float64)
+                _check_factor(m, own[m.name], groups)
+        return own
 
     @torch.no_grad()
     def factors(
@@ -70,10 +75,11 @@ class Methods:
         states: Mapping[str, State],
     ) -> Factors:
         """Drop, weigh what is alive, plan, then govern. `coefficients` gives c under a weight."""
-        weight, plans = None, {}
+        weight, plans, governor = None, {}, ""
         effects: dict[str, effect.Value] = {}
+        each: dict[str, Tensor] = {}
         if table is not None:
-            weight, alive = self._weight(table, effects)
+            weight, alive = self._weight(table, each, effects)
             for m in self._with("plan"):
                 plan = m.plan(table, alive)
                 if plan is not None:
@@ -85,7 +91,7 @@ class Methods:
             answer = m.govern(table, c, states.get(m.name) or m.initial())
             if answer is None:
                 continue
-            bonus, where = answer.bonus, answer.where
+            bonus, where, governor = answer.bonus, answer.where, m.name
             effects |= _named(m, answer.numbers)
             if where is not None:
                 assert table is not None, f"{m.name!r} governs tokens without `needs_table`"
@@ -95,14 +101,15 @@ class Methods:
                 own = _checked(m, "govern", answer.weight, table)
                 effects |= effect.weighed(m.name, own, table, alive)
                 weight = own if weight is None else weight * own
-        return Factors(weight, bonus, where, plans, effects)
+                each[m.name] = each[m.name] * own if m.name in each else own
+        return Factors(weight, bonus, where, plans, each, governor, effects)
 
     def _weight(
-        self, table: Table, effects: dict[str, effect.Value]
+        self, table: Table, each: dict[str, Tensor], effects: dict[str, effect.Value]
     ) -> tuple[Tensor | None, Tensor]:
         """The product of the weights, 0 where dropped (None: all 1), and who is alive.
 
-        Notes in `effects` what each method did.
+        Notes every method's factor in `each`, and what it did in `effects`.
         """
         dropped = None
         for m in self._with("drop"):
@@ -110,6 +117,7 @@ class Methods:
             if mask is not None:
                 mask = _checked(m, "drop", mask, table).bool()
                 effects |= effect.dropped(m.name, mask, table)
+                each[m.name] = (~mask).float()
                 dropped = mask if dropped is None else dropped | mask
         alive, weight = table.main, None
         if table.w is not None:
@@ -122,17 +130,25 @@ class Methods:
                 own = _checked(m, "weigh", own, table)
                 effects |= effect.weighed(m.name, own, table, alive)
                 weight = own if weight is None else weight * own
+                each[m.name] = each[m.name] * own if m.name in each else own
         return weight, alive
 
     def extra_loss(self, table: Table, plans: Mapping[str, Tensor]) -> Tensor | None:
         """float32 [T], with gradient; None where no method adds anything."""
         total: Tensor | None = None
+        for _, own in self.extra_losses(table, plans):
+            total = own if total is None else total + own
+        return total
+
+    def extra_losses(
+        self, table: Table, plans: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """float32 [T], with gradient, of every method that adds something."""
         for m in self._with("extra_loss"):
             own = m.extra_loss(table, plans.get(m.name))
             if own is not None:
                 _checked(m, "extra_loss", own.detach(), table)
-                total = own if total is None else total + own
-        return total
+                yield m.name, own
 
     def ask(self, stats: Mapping[str, float], states: Mapping[str, State]) -> Ask | None:
         for m in self._with("ask"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from learner.methods.base import quantile
+from learner.methods.base import quantiles
 from learner.table import Table
 
 Value = float | dict[str, float]
@@ -17,38 +20,75 @@ def dropped(name: str, mask: Tensor, table: Table) -> dict[str, Value]:
     """Of the main tokens, those that `mask` bool [T] takes out.
 
     dropped    their share, in all and by lag
-    negative   the share of A < 0 among them (absent where nothing is dropped)
+    negative   the share of A < 0 among them, in all and by lag (absent where nothing is dropped)
     """
     on = table.main
     out = mask & on
-    return _named(name, {"dropped": _share(out, on), "dropped_by_lag": _by_lag(out, on, table)}) | (
+    return _named(name, {"dropped": _share(out, on), "dropped_by_lag": by_lag(out, on, table)}) | (
         _negative(name, out, table)
     )
 
 
 def weighed(name: str, weight: Tensor, table: Table, alive: Tensor) -> dict[str, Value]:
-    """Of the tokens alive, what `weight` float [T] does to them.
+    """Of the tokens alive, what `weight` float [T] does to them; all of it in all and by lag.
 
-    weight     quantiles; the means by lag are `weight_by_lag`
+    weight     quantiles; by lag "LAG/QUANTILE", and the means "LAG/mean"
     affected   the share with a weight other than 1
     negative   the share of A < 0 among these (absent where there is none)
     """
     if not bool(alive.any()):
         return {}
-    chosen = weight[alive]
     touched = alive & (weight != 1)
+    means = by_lag(weight, alive, table)
+    lags = {f"{lag}/mean": mean for lag, mean in means.items()}
+    for lag, here in _lags(alive, table):
+        lags |= {f"{lag}/{key}": value for key, value in _quantiles(weight[here]).items()}
     found: dict[str, Value] = {
-        "weight": {key: float(quantile(chosen, q)) for key, q in QUANTILES.items()},
-        "weight_by_lag": _by_lag(weight, alive, table),
+        "weight": _quantiles(weight[alive]),
+        "weight_by_lag": lags,
         "affected": _share(touched, alive),
+        "affected_by_lag": by_lag(touched, alive, table),
     }
     return _named(name, found) | _negative(name, touched, table)
+
+
+def scaled(name: str, factor: np.ndarray) -> dict[str, Value]:
+    """Of the main groups, what `factor` float64 [G] does to their advantages.
+
+    factor     quantiles and mean over the groups
+    affected   the share of them with a factor other than 1
+    """
+    if not factor.size:
+        return {}
+    found = _quantiles(torch.from_numpy(factor)) | {"mean": float(factor.mean())}
+    return _named(name, {"factor": found, "affected": float((factor != 1).mean())})
+
+
+def by_lag(values: Tensor, on: Tensor, table: Table) -> dict[str, float]:
+    """Mean of `values` [T] where `on`, of every lag that occurs."""
+    lag = table.lag[on].cpu()
+    counts = torch.bincount(lag)
+    sums = torch.bincount(lag, values[on].double().cpu())
+    return {str(k): float(sums[k] / counts[k]) for k in counts.nonzero().squeeze(1).tolist()}
+
+
+def _lags(on: Tensor, table: Table) -> Iterator[tuple[int, Tensor]]:
+    """Every lag that occurs where `on`, and its tokens there, bool [T]."""
+    for lag in sorted(set(table.lag[on].tolist())):
+        yield int(lag), on & (table.lag == lag)
+
+
+def _quantiles(values: Tensor) -> dict[str, float]:
+    found = quantiles(values, tuple(QUANTILES.values()))
+    return {key: float(value) for key, value in zip(QUANTILES, found, strict=True)}
 
 
 def _negative(name: str, affected: Tensor, table: Table) -> dict[str, Value]:
     if not bool(affected.any()):
         return {}
-    return _named(name, {"negative": _share(affected & (table.advantage < 0), affected)})
+    bad = table.advantage < 0
+    lags = by_lag(bad, affected, table)
+    return _named(name, {"negative": _share(affected & bad, affected), "negative_by_lag": lags})
 
 
 def _named(name: str, values: dict[str, Value]) -> dict[str, Value]:
@@ -57,11 +97,3 @@ def _named(name: str, values: dict[str, Value]) -> dict[str, Value]:
 
 def _share(part: Tensor, whole: Tensor) -> float:
     return int(part.sum()) / max(1, int(whole.sum()))
-
-
-def _by_lag(values: Tensor, on: Tensor, table: Table) -> dict[str, float]:
-    """Mean of `values` [T] where `on`, of every lag that occurs."""
-    lag = table.lag[on].cpu()
-    counts = torch.bincount(lag)
-    sums = torch.bincount(lag, values[on].double().cpu())
-    return {str(k): float(sums[k] / counts[k]) for k in counts.nonzero().squeeze(1).tolist()}

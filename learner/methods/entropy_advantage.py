@@ -29,6 +29,10 @@ class EntropyAdvantage(Method, frozen=True, kw_only=True, tag="entropy_advantage
     kappa: Annotated[float, msgspec.Meta(gt=1)] = 2.0
 
     @property
+    def statistics(self) -> str:
+        return "H"
+
+    @property
     def neutral(self) -> bool:
         return self.alpha == 0
 

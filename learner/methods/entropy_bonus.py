@@ -18,8 +18,12 @@ class EntropyBonus(Method, frozen=True, kw_only=True, tag="entropy_bonus"):
     coefficient: float = 1e-3  # 1e-4 … 1e-2 in the literature; a knife's edge
 
     @property
+    def statistics(self) -> str:
+        return "H"
+
+    @property
     def neutral(self) -> bool:
         return self.coefficient == 0
 
     def extra_loss(self, table: Table, plan: Tensor | None) -> Tensor:
-        return -self.coefficient * table.H * ~table.aux
+        return -self.coefficient * table.H.masked_fill(~table.main, 0.0)

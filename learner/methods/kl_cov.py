@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import msgspec
 
-from common.config import NaturalInt, NotNegative
-from learner.methods.base import Method, finite, moments
+from common.config import NaturalInt, NotNegative, PositiveInt
+from learner.methods.base import Method, blocks, finite, moments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +26,9 @@ class KlCov(Method, frozen=True, kw_only=True, tag="kl_cov"):
     The absolute log-ratio is what the released code takes for the KL divergence of the paper. They
     take the surrogate without a clip beside it: `clip_low` and `clip_high` "none" in the recipe.
 
+    As released, the pull has the importance weight of the token's loss. The preset "released" has
+    its means and its choice of one micro-batch at a time too, and the proximal anchor.
+
     |.| has no gradient at 0, so with `anchor` proximal the method is inert on the first update of a
     step, where l is the proximal log-prob. "auto" is proximal when a step has several updates, else
     behaviour. The log has the share of the chosen tokens that are inert (`inert`). Raises DataError
@@ -36,22 +39,37 @@ class KlCov(Method, frozen=True, kw_only=True, tag="kl_cov"):
 
     ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 2e-3  # of the tokens; 0: off
     beta: NotNegative = 1.0
-    anchor: Literal["auto", "proximal", "behaviour"] = "auto"
+    preset: Literal["released"] | None = None
+    anchor: Literal["auto", "proximal", "behaviour"] | None = None  # None: auto; released proximal
+    scope: Literal["minibatch", "micro"] | None = None  # None: minibatch; released micro
+    micro_rollouts: PositiveInt = 8  # rollouts of a micro-batch then
     anneal: NaturalInt = 0  # steps over which beta falls to 0 in a straight line; 0: it stays
+
+    @property
+    def statistics(self) -> str:
+        return ""
 
     @property
     def neutral(self) -> bool:
         return self.beta == 0 or self.ratio == 0
 
     def plan(self, table: Table, alive: Tensor) -> Tensor:
-        """bool [T]: the tokens chosen."""
-        chosen = table.main.new_zeros(table.main.shape)
-        tokens = alive.nonzero().squeeze(1)
-        n = max(int(self.ratio * len(tokens)), 1)
-        covariance = finite(self, "C", self.covariance(table, alive), alive, table)
+        """float [T]: the importance weight of the tokens chosen, 0 elsewhere."""
+        assert table.w is not None, "a choice needs the whole table"
+        by_micro = (self.scope or self.preset) in ("micro", "released")
+        plan = table.w.new_zeros(table.w.shape)
+        for block in blocks(table, alive, self.micro_rollouts if by_micro else None):
+            chosen = self._largest(table, block)
+            plan[chosen] = table.w[chosen]
+        return plan
+
+    def _largest(self, table: Table, on: Tensor) -> Tensor:
+        """int64 [n]: lines of the largest C of `on`; equal ones by hash, whatever their order."""
+        tokens = on.nonzero().squeeze(1)
+        tokens = tokens[table.hashes(self.name)[tokens].argsort(stable=True)]
+        covariance = finite(self, "C", self.covariance(table, on), on, table)
         order = covariance[tokens].argsort(descending=True, stable=True)
-        chosen[tokens[order[:n]]] = True
-        return chosen
+        return tokens[order[: max(int(self.ratio * len(tokens)), 1)]]
 
     def covariance(self, table: Table, on: Tensor) -> Tensor:
         """float [T]: C, with the means over `on`."""
@@ -63,7 +81,7 @@ class KlCov(Method, frozen=True, kw_only=True, tag="kl_cov"):
             return None
         # d|x|/dx is 0 at 0 in torch: a token that has not moved stays where it is
         apart = (table.logp - self._anchor(table)).abs()
-        return self.beta_at(table) * apart.masked_fill(~plan.bool(), 0.0)
+        return self.beta_at(table) * plan * apart.masked_fill(plan == 0, 0.0)
 
     def beta_at(self, table: Table) -> float:
         left = 1.0 if not self.anneal else max(0.0, 1.0 - table.when[1] / self.anneal)
@@ -81,5 +99,6 @@ class KlCov(Method, frozen=True, kw_only=True, tag="kl_cov"):
         }
 
     def _anchor(self, table: Table) -> Tensor:
-        to_proximal = self.anchor == "proximal" or (self.anchor == "auto" and table.updates > 1)
+        anchor = self.anchor or ("auto" if self.preset is None else "proximal")
+        to_proximal = anchor == "proximal" or (anchor == "auto" and table.updates > 1)
         return table.lp.detach() if to_proximal else table.lb

@@ -27,6 +27,10 @@ class RandomDrop(Method, frozen=True, kw_only=True, tag="random_drop"):
     advantage: Literal["positive", "negative", "any"] = "positive"
 
     @property
+    def statistics(self) -> str:
+        return ""
+
+    @property
     def neutral(self) -> bool:
         return self.ratio == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import msgspec
@@ -49,6 +50,7 @@ class Steer(Method, frozen=True, kw_only=True, tag="steer"):
     max_quantile: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = (
         None  # of |Ω|, in the place of its maximum; what is above it gets the extreme weight
     )
+    entropy_from: Literal["current", "proximal"] | None = None  # None: current; released proximal
     omega_includes_is: bool = False  # Ω holds the importance weight w too
     scope: Literal["minibatch", "micro"] = "minibatch"  # micro: only to reproduce released code
     micro_rollouts: PositiveInt = 8  # rollouts of a micro-batch then
@@ -76,6 +78,10 @@ class Steer(Method, frozen=True, kw_only=True, tag="steer"):
         )
 
     @property
+    def statistics(self) -> str:
+        return "HN" if self.form == "centred" else "H"
+
+    @property
     def neutral(self) -> bool:
         return self.bounds == (1, 1)
 
@@ -92,6 +98,10 @@ class Steer(Method, frozen=True, kw_only=True, tag="steer"):
 
     def omega(self, table: Table) -> Tensor:
         """float [T]: predicted change of the entropy, up to (learning rate / tokens)."""
+        default = "proximal" if self.form == "released" else "current"
+        if (self.entropy_from or default) == "proximal":
+            start = table.start
+            table = replace(table, H=start.H, N=start.N)
         assert table.push is not None, "a weight needs the whole table"
         assert table.old is not None
         assert table.w is not None

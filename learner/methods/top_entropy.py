@@ -28,6 +28,10 @@ class TopEntropy(Method, frozen=True, kw_only=True, tag="top_entropy"):
     denominator: Literal["original", "kept"] = "original"
 
     @property
+    def statistics(self) -> str:
+        return "H"
+
+    @property
     def neutral(self) -> bool:
         return self.keep == 1
 
