@@ -92,7 +92,7 @@ def render(
         _groups(now),
     ]
     if now.actors:
-        parts.append(_actors(now, width))
+        parts += [_actors(now, width), *_remarks(now)]
     return Group(*parts, *_notes(now, notes))
 
 
@@ -200,7 +200,9 @@ def _actors(now: Status, width: int) -> RenderableType:
     for name in ("version", "tokens/s", "busy", "running", "waiting", "tickets", "KV", "pauses"):
         table.add_column(name, justify="right")
     for name, actor in sorted(now.actors.items()):
-        silent = actor.silent_s > 3
+        last = f"{actor.pause_s:.2f} s" if actor.up else "no engine"
+        if silent := actor.silent_s > 3:
+            last = f"silent {actor.silent_s:.0f} s"
         table.add_row(
             name,
             str(actor.version),
@@ -210,10 +212,22 @@ def _actors(now: Status, width: int) -> RenderableType:
             str(actor.waiting),
             f"{actor.held}/{actor.capacity}",
             percent(actor.kv_use),
-            f"silent {actor.silent_s:.0f} s" if silent else f"{actor.pause_s:.2f} s",
-            style="red" if silent else "",
+            last,
+            style="red" if silent or not actor.up else "",
         )
     return table
+
+
+def _remarks(now: Status) -> list[RenderableType]:
+    """What there is to say about single actors, and whose window is not fully open."""
+    said: list[RenderableType] = []
+    for name, actor in sorted(now.actors.items()):
+        style = "yellow" if actor.up else "bold yellow"
+        said += [Text(f"! {name}: {remark}", style) for remark in actor.remarks()]
+        if actor.window < actor.ceiling:
+            window = f"takes {actor.window} of {actor.ceiling} tickets, {actor.window_why}"
+            said.append(Text(f"· {name} {window}", "dim"))
+    return said
 
 
 def _notes(now: Status | None, notes: Sequence[str]) -> list[RenderableType]:
@@ -263,6 +277,7 @@ class PlainView:
         self._shown: set[int] = set()
         self._phase = ""
         self._evaluated: set[str] = set()
+        self._remarked: set[str] = set()
 
     def refresh(self) -> None:
         now = status.read(self.folder)
@@ -277,6 +292,11 @@ class PlainView:
                 facts = f"({point.of} answers, mean length {point.length:.1f} tokens)"
                 self._say(f"held-out {point.label}: {point.accuracy:.3f} {facts}")
                 self._evaluated.add(point.label)
+        for name, actor in now.actors.items():
+            for remark in actor.remarks():
+                if (text := f"{name}: {remark}") not in self._remarked:
+                    self._say(f"note: {text}")
+                    self._remarked.add(text)
         if now.phase in ("evaluating", "draining", "done") and now.phase != self._phase:
             self._say(now.phase)
         self._phase = now.phase

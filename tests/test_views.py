@@ -109,6 +109,51 @@ def test_a_broken_sum_and_warnings_stand_out(tmp_path: Path) -> None:
     assert "! the disk is full" in text
 
 
+def a_troubled_status() -> Status:
+    now = a_status()
+    now.actors = {
+        "actor-0": ActorStatus(up=False, trouble="worker 3 was killed"),
+        "actor-1": ActorStatus(
+            window=5,
+            ceiling=10,
+            window_why="smaller: 12 sequences lost their place",
+            refused=2,
+            refusal="version 7 refused: blob 7-ab-0 is missing; serving 6",
+        ),
+    }
+    return now
+
+
+def test_the_picture_says_what_ails_an_actor(tmp_path: Path) -> None:
+    text = shown(a_troubled_status(), tmp_path, 120)
+    for words in (
+        "! actor-0: its engine broke and is made again: worker 3 was killed",
+        "no engine",
+        "! actor-1: version 7 refused: blob 7-ab-0 is missing; serving 6 (2 × refused)",
+        "actor-1 takes 5 of 10 tickets, smaller: 12 sequences lost their place",
+    ):
+        assert words in text, words
+
+
+def test_a_heartbeat_becomes_the_status_of_an_actor_whatever_it_lacks() -> None:
+    assert ActorStatus.of(-1, 4, {}, {}) == ActorStatus(capacity=4, window=4, ceiling=4)
+    stats = {"up": 1.0, "restarts": 2.0, "window": 3.0, "ceiling": 9.0, "held": 7.0}
+    found = ActorStatus.of(5, 3, stats, {"trouble": "it hung", "window": "smaller: so"}, held=6)
+    assert (found.version, found.held, found.window, found.ceiling) == (5, 6, 3, 9)
+    assert found.remarks() == ["engine restarted 2 × (the last one: it hung)"]
+
+
+def test_a_plain_view_says_once_what_ails_an_actor(tmp_path: Path) -> None:
+    StatusFile(tmp_path).write(a_troubled_status(), force=True)
+    console = Console(force_terminal=False, width=80)
+    with console.capture() as captured:
+        view = live.PlainView(tmp_path, console)
+        view.refresh()
+        view.refresh()
+    assert captured.get().count("note: actor-0: its engine broke") == 1
+    assert captured.get().count("note: actor-1: version 7 refused") == 1
+
+
 def test_plain_lines_are_one_a_step_and_never_twice(tmp_path: Path) -> None:
     a_run(tmp_path)
     console = Console(force_terminal=False, width=80)
