@@ -103,17 +103,30 @@ def read(recipe: str, overrides: Sequence[str] = ()) -> Tree:
 
 
 def _override(tree: Tree, override: str) -> None:
-    """Put `section.key=value` into the tree; the value is TOML, or else taken as a bare string."""
+    """Put `section.key=value` into the tree; the value is TOML, or else taken as a bare string. A
+    number is a place in a list: `learner.methods.0.target=0.25`.
+    """
     name, equals, text = override.partition("=")
     keys = [key.strip() for key in name.split(".")]
     if not equals or len(keys) < 2 or not all(keys):
         raise ConfigError(f"-s {override}: expected section.key=value, as in -s learner.lr=2e-6")
-    table = tree
+    table: Any = tree
     for key in keys[:-1]:
-        table = table.setdefault(key, {})
-        if not isinstance(table, dict):
+        table = table.setdefault(key, {}) if isinstance(table, dict) else _place(table, key, name)
+        if not isinstance(table, dict | list):
             raise ConfigError(f"-s {override}: {key} is {_kind(table)}, not a table")
-    table[keys[-1]] = _value(text.strip())
+    if isinstance(table, list):
+        _place(table, keys[-1], name)
+    table[int(keys[-1]) if isinstance(table, list) else keys[-1]] = _value(text.strip())
+
+
+def _place(values: list[Any], key: str, name: str) -> Any:
+    """The item of a list that `key` counts from 0; raises ConfigError when there is none."""
+    if not key.isdecimal() or int(key) >= len(values):
+        raise ConfigError(
+            f"-s {name}: {key} is no place in a list of {len(values)}; 0 is the first"
+        )
+    return values[int(key)]
 
 
 def _value(text: str) -> Any:
@@ -288,7 +301,7 @@ def freeze(recipe: str, overrides: Sequence[str] = ()) -> str:
 def _table(name: str, values: Mapping[str, Any]) -> str:
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
     lines = [
-        f"{_key(key)} = {_inline(value)}\n" for key, value in values.items() if key not in tables
+        f"{_key(key)} = {inline(value)}\n" for key, value in values.items() if key not in tables
     ]
     return "".join(
         [f"[{name}]\n", *lines, *(f"\n{_table(f'{name}.{_key(k)}', v)}" for k, v in tables.items())]
@@ -299,13 +312,14 @@ def _key(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
 
 
-def _inline(value: Any) -> str:
+def inline(value: Any) -> str:
+    """A value as TOML on one line."""
     if value is None:
         return f'"{NONE}"'
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_key(k)} = {_inline(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_key(k)} = {inline(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_inline, value)) + "]"
+        return "[" + ", ".join(map(inline, value)) + "]"
     if isinstance(value, str | bool):
         return json.dumps(value, ensure_ascii=False)
     return repr(value)

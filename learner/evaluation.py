@@ -22,6 +22,8 @@ class Evaluation(msgspec.Struct, kw_only=True):
     rollouts: int = 0
     errors: int = 0
     correct: float = 0.0
+    graded: int = 0  # problems with at least one graded rollout
+    squares: float = 0.0  # Σ over problems of (mean correctness of its rollouts)²
     solved: int = 0  # problems with at least one right rollout (pass@samples)
     tokens: int = 0
     oldest: int = -1  # weight versions seen
@@ -34,6 +36,8 @@ class Evaluation(msgspec.Struct, kw_only=True):
         self.rollouts += len(graded)
         self.errors += len(group.rollouts) - len(graded)
         self.correct += sum(r.correct for r in graded)
+        self.graded += bool(graded)
+        self.squares += (sum(r.correct for r in graded) / max(1, len(graded))) ** 2
         self.solved += any(r.correct >= 1.0 for r in graded)
         self.tokens += sum(r.length for r in group.rollouts)
         self.oldest = min(versions) if self.oldest < 0 else min(self.oldest, *versions)
@@ -59,9 +63,12 @@ class Evaluation(msgspec.Struct, kw_only=True):
 
     @property
     def standard_error(self) -> float:
-        """Of the accuracy, binomial."""
-        p = self.accuracy
-        return math.sqrt(max(p * (1 - p), 0.0) / self.rollouts) if self.rollouts else math.nan
+        """Of the accuracy over problems: the rollouts of one problem are not independent, so that
+        more of them do not make more problems. With one rollout a problem it is the binomial one.
+        """
+        if not self.graded:
+            return math.nan
+        return math.sqrt(max(self.squares / self.graded - self.accuracy**2, 0.0) / self.graded)
 
     def facts(self) -> dict[str, float]:
         return {

@@ -57,6 +57,12 @@ def test_an_override_may_be_a_list_of_methods(tmp_path: Path) -> None:
     assert method.coefficient == 0.01
 
 
+def test_an_override_may_reach_into_a_list_of_methods() -> None:
+    loaded = recipe.load("isentropic", ALL, ["learner.methods.0.target=0.25"])
+    (method,) = msgspec.structs.asdict(loaded["learner"])["methods"]
+    assert method.target == 0.25
+
+
 def test_none_says_that_a_value_is_absent(tmp_path: Path) -> None:
     loaded = recipe.load(write(tmp_path, '[learner]\nclip_low = "none"\n'), ALL)
     assert msgspec.structs.asdict(loaded["learner"])["clip_low"] is None
@@ -90,6 +96,7 @@ def test_a_process_reads_its_own_sections_and_tolerates_the_others(tmp_path: Pat
         ('learner.methods=[{type="entropy_bonos"}]', "did you mean entropy_bonus?"),
         ('learner.methods=[{type="entropy_bonus", coef=1}]', "learner.methods[0].coef: unknown"),
         ("learner.methods=3", "learner.methods: expected a list"),
+        ("learner.methods.0.target=1", "-s learner.methods.0.target=1: learner.methods"),
         ("learner.lr", "expected section.key=value"),
         ("lr=3", "expected section.key=value"),
     ],
@@ -99,6 +106,12 @@ def test_what_is_wrong_is_said_in_one_line_with_its_path(
 ) -> None:
     message = refusal(write(tmp_path, ""), override)
     assert said in message
+
+
+def test_a_place_that_a_list_does_not_have_is_refused() -> None:
+    said = "1 is no place in a list of 1; 0 is the first"
+    assert said in refusal("steer", "learner.methods.1.form=released")
+    assert "first is no place" in refusal("steer", "learner.methods.first.form=released")
 
 
 def test_a_mistake_in_the_file_names_the_file(tmp_path: Path) -> None:
