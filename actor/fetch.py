@@ -34,8 +34,9 @@ class Fetcher:
         self.version, self.digest = -1, ""
         self.registry: Registry | None = None  # of the run that the learner named
         self.counts: Counter[str] = Counter()
-        self.refused = 0  # versions, at each try …
+        self.refused = 0  # versions, however often each was tried …
         self.refusal = ""  # … and what was wrong with the last one
+        self._last_refused: Stamp | None = None
         self._run, self._engine, self._poll_s = run, engine, poll_s
         self._incarnation = 0  # highest seen, in messages and in the registry
         self._vouched = 0  # the one whose registry entry names what is served
@@ -127,7 +128,8 @@ class Fetcher:
         if stamp is not None:
             name = f"version {stamp.version}"
             why = f"{name} refused: {why.removeprefix(name).lstrip(': ')}"
-        self.refused += 1
+        if stamp is None or stamp != self._last_refused:
+            self.refused, self._last_refused = self.refused + 1, stamp
         self.refusal = f"{why}; serving {self.version}"
         self._fail("weights_refused", why)
 

@@ -49,7 +49,7 @@ class ActorStatus(msgspec.Struct, kw_only=True):
     window_why: str = ""  # it last moved
     restarts: int = 0  # engines that took the place of a broken one
     trouble: str = ""  # what the last one broke of
-    refused: int = 0  # weight versions that were not what they should be, at each try
+    refused: int = 0  # weight versions that were not what they should be
     refusal: str = ""  # what was wrong with the last one, and what is served
 
     @classmethod
@@ -92,7 +92,7 @@ class ActorStatus(msgspec.Struct, kw_only=True):
         elif self.restarts:
             said.append(f"engine restarted {self.restarts} × (the last one: {self.trouble})")
         if self.refusal:
-            said.append(f"{self.refusal} ({self.refused} × refused)")
+            said.append(f"{self.refusal} ({self.refused} refused so far)")
         return said
 
 

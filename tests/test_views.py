@@ -129,7 +129,7 @@ def test_the_picture_says_what_ails_an_actor(tmp_path: Path) -> None:
     for words in (
         "! actor-0: its engine broke and is made again: worker 3 was killed",
         "no engine",
-        "! actor-1: version 7 refused: blob 7-ab-0 is missing; serving 6 (2 × refused)",
+        "! actor-1: version 7 refused: blob 7-ab-0 is missing; serving 6 (2 refused so far)",
         "actor-1 takes 5 of 10 tickets, smaller: 12 sequences lost their place",
     ):
         assert words in text, words
