@@ -7,7 +7,6 @@ from actor.config import ActorConfig
 from actor.engine.base import Engine
 from common import models
 from common.config import RunConfig
-from common.errors import ConfigError
 
 
 def make(run: RunConfig, actor: ActorConfig) -> Engine:
@@ -23,9 +22,9 @@ def make(run: RunConfig, actor: ActorConfig) -> Engine:
             hang_s=actor.engine_hang_s,
         )
     if actor.engine == "vllm":
-        raise ConfigError(
-            'engine "vllm" needs a vLLM engine, which this build lacks: set engine = "torch"'
-        )
+        from actor.engine.vllm_engine import VllmEngine
+
+        return VllmEngine(models.find(run.model), actor)
     folder = models.find(run.model)
     from actor.engine import model
     from actor.engine.torch_engine import TorchEngine

@@ -1,0 +1,153 @@
+"""`[actor.vllm]`: arguments of vLLM's engine by vLLM's own names, checked before vLLM is imported.
+
+What makes an actor an actor (token ids in and out, log-probs after temperature, weights that are
+swapped, the size that `[actor]` names) is ours: setting it here is refused with the field to use.
+Everything else goes through as it is.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from actor.config import ActorConfig
+from common import vllm_version
+from common.errors import ConfigError
+
+TRANSFERS = ("spool", "nccl")  # ways of new weights into vLLM's workers
+OWN = ("weight_transfer", "verbose")  # settings of [actor.vllm] that are not vLLM's
+KV_CACHE_BYTES_ON_CPU = 1 << 30
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+_TOKENS = "the learner renders and tokenises; the engine sees token ids only"
+_ONE_MACHINE = "an actor lives on one machine: start an actor on each"
+PROTECTED = {
+    "model": "set run.model",
+    "tokenizer": _TOKENS,
+    "tokenizer_mode": _TOKENS,
+    "tokenizer_revision": _TOKENS,
+    "skip_tokenizer_init": _TOKENS,
+    "enable_prompt_embeds": _TOKENS,
+    "generation_config": "sampling is the ticket's: set learner.temperature and learner.max_tokens",
+    "override_generation_config": "sampling is the ticket's: set learner.temperature",
+    "dtype": "set actor.dtype",
+    "max_model_len": "set actor.max_length",
+    "max_num_seqs": "set actor.slots",
+    "seed": "every rollout has a seed of its own: set run.seed",
+    "logprobs_mode": "training needs the log-probability of what was sampled, after temperature",
+    "max_logprobs": "training needs the log-probability of what was sampled, and no other",
+    "worker_cls": "new weights come in through it",
+    "worker_extension_cls": "new weights come in through it",
+    "weight_transfer_config": 'set actor.vllm.weight_transfer to "spool" or "nccl"',
+    "runner": "an actor generates",
+    "convert": "an actor generates",
+    "disable_log_stats": "the actor's status is made from vLLM's statistics",
+    "enable_log_requests": "set actor.vllm.verbose",
+    "log_config_file": "set actor.vllm.verbose",
+    "logging_config": "set actor.vllm.verbose",
+    "scheduler_cls": "pausing and version spans are vLLM's own scheduler's",
+    "stream_interval": "only finished rollouts are looked at",
+    "nnodes": _ONE_MACHINE,
+    "node_rank": _ONE_MACHINE,
+    "master_addr": _ONE_MACHINE,
+    "master_port": _ONE_MACHINE,
+    "data_parallel_address": _ONE_MACHINE,
+    "data_parallel_backend": _ONE_MACHINE,
+    "data_parallel_rank": _ONE_MACHINE,
+    "data_parallel_external_lb": _ONE_MACHINE,
+    "data_parallel_hybrid_lb": _ONE_MACHINE,
+    "data_parallel_size_local": _ONE_MACHINE,
+}
+
+
+class VllmArgs(NamedTuple):
+    """What `[actor]` and `[actor.vllm]` come to."""
+
+    engine: dict[str, Any]  # of AsyncEngineArgs, but for what depends on the device
+    transfer: str
+    verbose: bool  # leave vLLM's own log as it is
+
+
+def vet(actor: ActorConfig, names: Collection[str] | None = None) -> VllmArgs:
+    """Raises ConfigError: vLLM is missing or unknown, or a setting of `[actor.vllm]` is not to be
+    had. `names`: what vLLM's engine takes; None asks the installed one."""
+    if names is None:
+        if (wrong := vllm_version.wrong()) is not None:
+            raise ConfigError(f'actor.engine = "vllm": {wrong}')
+        names = _installed_names()
+    given = dict(actor.vllm)
+    transfer, verbose = given.pop("weight_transfer", "spool"), given.pop("verbose", False)
+    if transfer not in TRANSFERS:
+        raise ConfigError(f"actor.vllm.weight_transfer: {transfer!r} is none of {TRANSFERS}")
+    if not isinstance(verbose, bool):
+        raise ConfigError(f"actor.vllm.verbose: {verbose!r} must be true or false")
+    for name, value in given.items():
+        _check(name, value, names)
+    return VllmArgs(_ours(actor) | given, transfer, verbose)
+
+
+def on_device(args: VllmArgs, device: str, wanted: str) -> dict[str, Any]:
+    """The arguments for the device that the installed vLLM was built for ("cpu", "cuda", …).
+
+    Raises ConfigError when `[actor]` asks for another one.
+    """
+    if wanted not in ("auto", device) and not wanted.startswith(f"{device}:"):
+        raise ConfigError(
+            f'actor.device = "{wanted}", but the installed vLLM computes on {device}: set "auto"'
+        )
+    if device != "cpu":
+        return args.engine
+    if args.transfer == "nccl":
+        raise ConfigError(
+            'actor.vllm.weight_transfer = "nccl" needs GPUs, and vLLM computes on the CPU here: '
+            'set "spool"'
+        )
+    defaults = {"enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE_BYTES_ON_CPU}
+    return defaults | args.engine
+
+
+def _ours(actor: ActorConfig) -> dict[str, Any]:
+    return {
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "dtype": _DTYPES[actor.dtype],
+        "max_model_len": actor.max_length or None,
+        "max_num_seqs": actor.slots,
+        "seed": 0,
+        "logprobs_mode": "processed_logprobs",
+        "worker_extension_cls": "actor.engine.vllm_worker.Extension",
+        "disable_log_stats": True,  # its printed and exported ones; ours come by a logger
+    }
+
+
+def _check(name: str, value: object, names: Collection[str]) -> None:
+    where = f"actor.vllm.{name}"
+    if name in PROTECTED:
+        raise ConfigError(f"{where} is not to be set: {PROTECTED[name]}")
+    if name not in names:
+        near = difflib.get_close_matches(name, [*(set(names) - set(PROTECTED)), *OWN], 1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{where} is no argument of vLLM's engine{hint}")
+    if name == "distributed_executor_backend" and value not in ("mp", "uni"):
+        raise ConfigError(f'{where}: {value!r} must be "mp" or "uni"; {_ONE_MACHINE}')
+
+
+def _installed_names() -> frozenset[str]:
+    """Fields of the installed vLLM's AsyncEngineArgs, read without importing it: that takes many
+    seconds. Raises ConfigError when they are not where this version of vLLM has them."""
+    spec = importlib.util.find_spec("vllm")
+    source = Path(spec.origin or "").with_name("engine") / "arg_utils.py" if spec else None
+    if source is None or not source.is_file():
+        raise ConfigError(f"the installed vLLM has no engine/arg_utils.py: {vllm_version.INSTALL}")
+    wanted = {"EngineArgs", "AsyncEngineArgs"}
+    return frozenset(
+        field.target.id
+        for part in ast.parse(source.read_text(encoding="utf-8")).body
+        if isinstance(part, ast.ClassDef) and part.name in wanted
+        for field in part.body
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+    )
