@@ -20,10 +20,21 @@ from typing import Any
 import pytest
 import redis
 
+from common import vllm_version
 from common.redis_server import RedisServer
 
 TOP = Path(__file__).resolve().parent.parent
 Start = Callable[..., "subprocess.Popen[str]"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast ones first, those that need vLLM last; without it they are skipped and say how to get
+    it."""
+    items.sort(key=lambda item: [bool(item.get_closest_marker(m)) for m in ("vllm", "slow")])
+    if wrong := vllm_version.wrong():
+        for item in items:
+            if item.get_closest_marker("vllm"):
+                item.add_marker(pytest.mark.skip(reason=wrong))
 
 
 @pytest.fixture(scope="session")

@@ -87,10 +87,10 @@ def test_a_run_killed_three_times_at_random_moments_ends_bit_equal_to_its_replay
     assert (again["steps"], again["equal"]) == (60, 60)
 
 
-def wait_for_step(folder: Path, more: int) -> None:
+def wait_for_step(folder: Path, more: int, within_s: float = 90.0) -> None:
     """Until the live status is `more` steps further than when first seen in this life."""
     first, began = None, time.time()
-    until = time.monotonic() + 90
+    until = time.monotonic() + within_s
     while time.monotonic() < until:
         status = read_status(folder)
         if status is not None and status.at > began and status.phase in ("waiting", "training"):
@@ -99,4 +99,4 @@ def wait_for_step(folder: Path, more: int) -> None:
             if status.step >= first + more:
                 return
         time.sleep(0.02)  # a file that another process replaces: nothing to await
-    raise AssertionError(f"no {more} steps within 90 s: {runs.said(folder)[-1000:]}")
+    raise AssertionError(f"no {more} steps within {within_s} s: {runs.said(folder)[-1000:]}")
