@@ -24,18 +24,30 @@ class PartConfig(Section, frozen=True, kw_only=True):
 
 
 class PromptsConfig(Section, frozen=True, kw_only=True):
-    source: Literal["arithmetic", "jsonl"] = "arithmetic"
-    path: str = ""  # jsonl: the file
-    heldout_path: str = ""  # jsonl: held-out rows; "": the first tenth of `path`
-    prompt_column: str = "prompt"
+    source: Literal["arithmetic", "jsonl", "parquet", "saved", "reasoning_gym"] = "arithmetic"
+    path: str = ""  # jsonl, parquet: the file; saved: the folder that `save_to_disk` wrote
+    heldout_path: str = ""  # held-out rows; "": a tenth of the questions of `path`
+    prompt_column: str = "prompt"  # "a.b": field b of column a
     answer_column: str = "answer"
+    task: str = ""  # reasoning_gym: its name …
+    options: dict[str, Any] = {}  # … and what it takes
+    chat: bool | Literal["auto"] = "auto"  # by the model's chat template; auto: if it has one
+    system: str = ""  # what the chat begins with; "": what the template says
+    instruction: str = ""  # a line behind every question
+    prefill: str = ""  # what every answer begins with, before the first sampled token
     grader: str = "exact"
     grader_options: dict[str, Any] = {}
     parts: tuple[PartConfig, ...] = ()  # in place of `grader`; the first is the raw correctness
 
     def check(self) -> None:
-        need(self.source != "jsonl" or self.path != "", 'path is empty: source "jsonl" reads it')
-        need(self.source == "jsonl" or not self.path, f'path: source "{self.source}" reads no file')
+        files = self.source in ("jsonl", "parquet", "saved")
+        gym = self.source == "reasoning_gym"
+        need(not files or self.path != "", f'path is empty: source "{self.source}" reads it')
+        need(files or not self.path, f'path: source "{self.source}" reads no file')
+        need(files or not self.heldout_path, f'heldout_path: source "{self.source}" reads no file')
+        need(not gym or self.task != "", 'task is empty: source "reasoning_gym" makes it')
+        need(gym or not self.task, f'task: source "{self.source}" has none')
+        need(gym or not self.options, f'options: source "{self.source}" takes none')
         self._check_grading()
 
     @property

@@ -132,8 +132,7 @@ def _evaluate(it: Learner, label: str, wanted: bool) -> None:
     if not wanted or it.stop.is_set():
         return
     it.report.phase = "evaluating"
-    _ask_evaluation(it, label)
-    problems = it.config.eval.problems
+    problems = _ask_evaluation(it, label)
 
     def complete() -> bool | None:
         points = it.desk.ledger.evaluations
@@ -144,9 +143,11 @@ def _evaluate(it: Learner, label: str, wanted: bool) -> None:
         it.report.heldouts(it.desk.ledger.evaluations, label, it.state.t)
 
 
-def _ask_evaluation(it: Learner, label: str) -> None:
-    drafts = [it.prompts.heldout(index) for index in range(it.config.eval.problems)]
+def _ask_evaluation(it: Learner, label: str) -> int:
+    """How many problems there are to it."""
+    drafts = it.prompts.heldout(it.config.eval.problems)
     it.desk.evaluate(label, drafts, it.state.t)
+    return len(drafts)
 
 
 def _end(it: Learner, ending: str) -> str:

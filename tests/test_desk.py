@@ -437,7 +437,7 @@ def test_evaluations_come_first_and_only_the_missing_problems_are_asked(tmp_path
     )
     try:
         counter.desk.announce(0)
-        drafts = [counter.prompts.heldout(i) for i in range(3)]
+        drafts = counter.prompts.heldout(3)
         counter.desk.evaluate("before", drafts, 0)
         actor = counter.actor(capacity=3)
         grants = actor.grants(3)

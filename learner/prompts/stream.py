@@ -5,6 +5,7 @@ prompt again.
 from __future__ import annotations
 
 import hashlib
+import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -12,10 +13,16 @@ import numpy as np
 from common.errors import DataError
 from common.wire import GradePart, Grading, Sampling
 from learner.config import PromptsConfig
+from learner.prompts.chat import Renderer
 from learner.prompts.source import Problem, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger("isentrope.prompts")
+
+MOST_UNFIT = 1_000  # problems in a row that no prompt can be made of
+NAMED = 10  # of them get a line of their own
 
 
 class Draft(NamedTuple):
@@ -43,34 +50,73 @@ class Prompts:
     ) -> None:
         self._source = source
         self._config = config
-        self._tokenizer = tokenizer
-        self._stop = stop
+        self._render = Renderer(config, tokenizer)
+        self._stop = tuple(sorted({*stop, *self._render.stop}))
         self._seed = seed
         self._max_prompt = max_prompt
+        self._unfit: set[str] = set()  # problems that were passed over
+        self._heldout: dict[int, list[Draft]] = {}
         self._parts = tuple(
             GradePart(name=p.name, grader=p.grader, weight=p.weight, options=p.options)
             for p in config.reward
         )
 
     def draw(self, cursor: int) -> Draft:
-        return self._draft(self._source.train(cursor), cursor)
+        """The first problem from `cursor` on of which a prompt can be made. Raises DataError when
+        there is none for long."""
+        for position in range(cursor, cursor + MOST_UNFIT):
+            draft = self._draft(self._source.train(position), position)
+            if draft is not None:
+                return draft
+        raise DataError(f"{MOST_UNFIT} problems in a row do not fit; {self._room()}")
 
-    def heldout(self, index: int) -> Draft:
-        return self._draft(self._source.heldout(index), -1)
+    def heldout(self, count: int) -> list[Draft]:
+        """The first `count` different held-out problems, fewer when there are no more."""
+        if count not in self._heldout:
+            self._heldout[count] = self._find_heldout(count)
+        return self._heldout[count]
+
+    def _find_heldout(self, count: int) -> list[Draft]:
+        found: dict[str, Draft] = {}
+        for index in range(count + MOST_UNFIT):
+            problem = self._source.heldout(index)
+            if problem is None or len(found) == count:
+                break
+            draft = self._draft(problem, -1)
+            if draft is not None:
+                found.setdefault(draft.problem, draft)
+        if not found:
+            raise DataError(f"no held-out problem fits; {self._room()}")
+        if len(found) < count:
+            log.warning("%d held-out problems: there are no %d different ones", len(found), count)
+        return list(found.values())
 
     def sampling(self, ticket: int, temperature: float, max_tokens: int) -> Sampling:
         digest = hashlib.blake2b(f"{self._seed}/{ticket}".encode(), digest_size=8).digest()
         seed = int.from_bytes(digest, "big") >> 1
         return Sampling(temperature=temperature, max_tokens=max_tokens, stop=self._stop, seed=seed)
 
-    def _draft(self, problem: Problem, cursor: int) -> Draft:
-        ids = self._tokenizer(problem.text, add_special_tokens=False)["input_ids"]
+    def _draft(self, problem: Problem, cursor: int) -> Draft | None:
+        """None when no prompt can be made of it, which is said once a problem."""
+        ids = self._render(problem.text)
         if not 0 < len(ids) <= self._max_prompt:
-            raise DataError(
-                f"problem {problem.id}: a prompt of {len(ids)} tokens; the model's context leaves "
-                f"room for 1 to {self._max_prompt} beside learner.max_tokens"
-            )
+            self._pass_over(problem.id, len(ids))
+            return None
         grading = Grading(gold=problem.gold, parts=self._parts, columns=problem.columns)
-        return Draft(
-            problem.id, np.asarray(ids, np.int32), grading, "plain", self._source.name, cursor
+        template = "chat" if self._render.chat else "plain"
+        return Draft(problem.id, ids, grading, template, self._source.name, cursor)
+
+    def _pass_over(self, problem: str, tokens: int) -> None:
+        if problem in self._unfit:
+            return
+        self._unfit.add(problem)
+        count = len(self._unfit)
+        if count <= NAMED or count % 1_000 == 0:
+            message = "problem %s passed over, a prompt of %d tokens (%d so far); %s"
+            log.warning(message, problem, tokens, count, self._room())
+
+    def _room(self) -> str:
+        return (
+            f"the model's context leaves room for 1 to {self._max_prompt} tokens beside "
+            "learner.max_tokens"
         )

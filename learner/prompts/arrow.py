@@ -1,0 +1,102 @@
+"""Parquet files, and datasets that Hugging Face's `save_to_disk` wrote, as memory-mapped Arrow
+tables: any row is read at once, and none but the rows in use are in memory.
+
+Parquet decompresses whole row groups, up to a million rows for the one that is wanted. So it is
+unpacked once, row group by row group, into an Arrow file in the system's temporary folder, which
+loses its name at once and its space with the process.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.errors import DataError
+
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+except ImportError:
+    raise DataError("Parquet and Arrow need pyarrow: pip install 'isentrope[data]'") from None
+
+BATCH_ROWS = 4096
+
+
+class Table:
+    """Rows of an Arrow table; numbers are from 1."""
+
+    def __init__(self, path: Path, table: Any) -> None:
+        self.path = path
+        self._table = table
+
+    def scan(self, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+        if not self._table.num_rows:
+            raise DataError(f"{self.path}: the dataset is empty")
+        names = {name if name in self.columns() else name.partition(".")[0] for name in columns}
+        present = self._table.select([name for name in self.columns() if name in names])
+        if not present.num_columns:
+            yield 1, {}  # nor has any other row one of them
+            return
+        batches = present.to_batches(max_chunksize=BATCH_ROWS)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+
+    def row(self, number: int) -> dict[str, Any]:
+        row: dict[str, Any] = self._table.slice(number - 1, 1).to_pylist()[0]
+        return row
+
+    def columns(self) -> list[str]:
+        return list(self._table.column_names)
+
+
+def parquet(path: Path) -> Table:
+    """A Parquet file, or a folder of them in the order of their names. Raises DataError."""
+    files = _files(path, "*.parquet")
+    with tempfile.NamedTemporaryFile() as unpacked:
+        try:
+            schema = pq.read_schema(files[0])
+            with pa.ipc.new_file(unpacked, schema) as writer:
+                for file in files:
+                    with pq.ParquetFile(file, memory_map=True) as packed:
+                        for batch in packed.iter_batches(BATCH_ROWS):
+                            writer.write_batch(batch)
+            unpacked.flush()
+            mapped = pa.memory_map(unpacked.name)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"cannot read the dataset {path}: {_line(error)}") from None
+    return Table(path, pa.ipc.open_file(mapped).read_all())
+
+
+def saved(path: Path) -> Table:
+    """A folder that `Dataset.save_to_disk` wrote, or one Arrow file. Raises DataError."""
+    tables = []
+    for file in _files(path, "*.arrow"):
+        try:
+            tables.append(_mapped(file))
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"cannot read the dataset {file}: {_line(error)}") from None
+    try:
+        return Table(path, pa.concat_tables(tables))
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: its files do not fit together: {_line(error)}") from None
+
+
+def _mapped(file: Path) -> Any:
+    """Hugging Face writes Arrow's stream format; others the file format."""
+    try:
+        return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+    except pa.ArrowInvalid:
+        return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+
+
+def _files(path: Path, pattern: str) -> list[Path]:
+    files = [path] if path.is_file() else sorted(path.glob(pattern))
+    if not files:
+        why = f"no {pattern} in it" if path.is_dir() else "No such file or directory"
+        raise DataError(f"cannot read the dataset {path}: {why}; set learner.prompts.path")
+    return files
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

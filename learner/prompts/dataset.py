@@ -1,0 +1,159 @@
+"""A file of rows as a source: which rows are usable, which are held out, in what order they come.
+
+One pass when the run starts reads the two columns that matter of every row. A row without one of
+them, or with a question that another row had before it, is left out; how many and which is said in
+one line. Of the rest a tenth, at most 1,000 rows, is held out: those whose questions' digests are
+smallest, so that neither a copy of a question nor the order of the file can put it on both sides.
+With a held-out file its questions are taken out of the training rows instead. Held in memory: 16
+bytes a row.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+import xxhash
+
+from common.errors import DataError
+from common.plain import plain
+from learner.config import PromptsConfig
+from learner.prompts.source import Problem
+
+log = logging.getLogger("isentrope.prompts")
+
+HELDOUT_SHARE = 10  # one row in so many …
+HELDOUT_MOST = 1_000  # … but no more than this
+NAMED = 5  # rows that a line about rows left out names
+
+
+class Rows(Protocol):
+    """A file of rows with named columns, read at random."""
+
+    path: Path
+
+    def scan(self, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(number, those of `columns` that it has) of every row, in order; numbers rise."""
+        ...
+
+    def row(self, number: int) -> dict[str, Any]: ...
+
+    def columns(self) -> list[str]:
+        """The names, for a message that one of them is missing."""
+        ...
+
+
+class Dataset:
+    """Raises DataError: a file that cannot be read, a column that no row has, too few rows."""
+
+    def __init__(self, rows: Rows, heldout: Rows | None, config: PromptsConfig, seed: int) -> None:
+        self.name = rows.path.stem
+        self._rows, self._config, self._seed = rows, config, seed
+        numbers, digests = _index(rows, config)
+        self._heldout_rows = rows if heldout is None else heldout
+        if heldout is None:
+            held = min(HELDOUT_MOST, max(1, len(numbers) // HELDOUT_SHARE))
+            order = np.argsort(digests, kind="stable")
+            self._heldout, self._train = numbers[order[:held]], np.sort(numbers[order[held:]])
+        else:
+            self._heldout, theirs = _index(heldout, config)
+            ours = np.isin(digests, theirs, invert=True)
+            self._train = numbers[ours]
+            if not ours.all():
+                log.warning(
+                    "%s: %d rows left out: %s holds their questions out",
+                    rows.path,
+                    len(ours) - int(ours.sum()),
+                    heldout.path,
+                )
+        if not len(self._train) or not len(self._heldout):
+            raise DataError(f"{rows.path}: too few rows to train on some and hold out others")
+
+    def train(self, index: int) -> Problem:
+        epoch, position = divmod(index, len(self._train))
+        order = _order(self._seed, epoch, len(self._train))
+        return self._problem(self._rows, int(self._train[order[position]]))
+
+    def heldout(self, index: int) -> Problem | None:
+        if index >= len(self._heldout):
+            return None
+        return self._problem(self._heldout_rows, int(self._heldout[index]))
+
+    def _problem(self, rows: Rows, number: int) -> Problem:
+        columns = rows.row(number)
+        text = _text(_value(columns, self._config.prompt_column))
+        gold = _text(_value(columns, self._config.answer_column))
+        others = {k: v for k, v in columns.items() if k != self._config.prompt_column}
+        others.pop(self._config.answer_column, None)
+        try:
+            return Problem(f"{rows.path.stem}/{number}", text, gold, plain(others))
+        except DataError as error:
+            raise DataError(f"{rows.path}, row {number}: {error}") from None
+
+
+def _index(rows: Rows, config: PromptsConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers (int64) and questions' digests (uint64) of the usable rows, in the file's order."""
+    wanted = (config.prompt_column, config.answer_column)
+    numbers, digests = [], []
+    lacking: dict[str, list[int]] = defaultdict(list)
+    for number, columns in rows.scan(wanted):
+        missing = next((name for name in wanted if _value(columns, name) in (None, "")), None)
+        if missing is not None:
+            lacking[missing].append(number)
+            continue
+        numbers.append(number)
+        question = _text(_value(columns, config.prompt_column))
+        digests.append(xxhash.xxh3_64_intdigest(question.encode()))
+    for name, where in lacking.items():
+        if not numbers:
+            known = ", ".join(rows.columns())
+            raise DataError(
+                f"{rows.path}, row {where[0]}: no column {name!r} (there are: {known}); "
+                "map it in [learner.prompts]"
+            )
+        log.warning("%s: %d rows left out: no %s in %s", rows.path, len(where), name, _few(where))
+    return _first_of_each(rows, np.asarray(numbers, np.int64), np.asarray(digests, np.uint64))
+
+
+def _first_of_each(
+    rows: Rows, numbers: np.ndarray, digests: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    _, first = np.unique(digests, return_index=True)
+    first.sort()
+    if len(first) < len(numbers):
+        again = np.delete(numbers, first)
+        message = "%s: %d rows left out: an earlier row asks the same as %s"
+        log.warning(message, rows.path, len(again), _few(again.tolist()))
+    return numbers[first], digests[first]
+
+
+def _few(rows: list[int]) -> str:
+    more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+    return f"row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:NAMED]))}{more}"
+
+
+def _value(columns: dict[str, Any], name: str) -> Any:
+    """A column, or a field within one: `reward_model.ground_truth`."""
+    if name in columns or "." not in name:
+        return columns.get(name)
+    column, _, field = name.partition(".")
+    inner = columns.get(column)
+    return _value(inner, field) if isinstance(inner, dict) else None
+
+
+def _text(value: Any) -> str:
+    """Text as it is; a list or a map as JSON."""
+    if isinstance(value, list | dict):
+        return msgspec.json.encode(plain(value)).decode()
+    return str(value)
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, rows: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
