@@ -43,7 +43,8 @@ BACK_OFF_S = 0.5  # more before each restart of that time
 
 
 class RestartingEngine:
-    """One engine after another. `make` blocks and may take a minute; `restarts` are within an hour.
+    """One engine after another. `make` blocks and may take a minute; `restarts` are within
+    `within_s`.
 
     The last weights are kept for the next engine: a copy of what is trained, in this machine's
     memory.
@@ -53,8 +54,16 @@ class RestartingEngine:
     max_length: int
     slots: int
 
-    def __init__(self, make: Callable[[], Engine], restarts: int, start_s: float) -> None:
-        self._make, self._budget, self._start_s = make, restarts, start_s
+    def __init__(
+        self,
+        make: Callable[[], Engine],
+        restarts: int,
+        start_s: float,
+        close_s: float = CLOSE_S,
+        within_s: float = WITHIN_S,
+    ) -> None:
+        self._make, self._budget, self._within_s = make, restarts, within_s
+        self._start_s, self._close_s = start_s, close_s
         self._life: _Life | None = None
         self._weights: Weights | None = None
         self._settled = asyncio.Event()  # there is an engine, or there will be none
@@ -113,12 +122,13 @@ class RestartingEngine:
     async def watch(self) -> None:
         """Keeps an engine serving, for as long as it runs. Raises EngineError, with the last cause,
         when the restarts are spent."""
-        while True:
-            why = await self._broken(self._living())
+        while (life := self._life) is not None:
+            why = await _broken(life)
             self._trouble = why
             log.error("the engine broke: %s", why)
             await self._bury(why)
             await self._replace(why)
+        raise EngineError(self._over)
 
     async def close(self) -> None:
         self._end("the engine is closed")
@@ -138,14 +148,6 @@ class RestartingEngine:
         self._life = _Life(engine)
         self._settled.set()
 
-    async def _broken(self, life: _Life) -> str:
-        try:
-            async with life.call() as engine:
-                await engine.watch()
-        except EngineError as error:
-            return str(error)
-        return "it watches itself no longer"
-
     async def _bury(self, why: str) -> None:
         life, self._life = self._life, None
         if life is None:
@@ -154,7 +156,7 @@ class RestartingEngine:
             self._settled.clear()
         life.breaks(why)
         self._past = self._past.plus(life.engine.stats())
-        await _close(life.engine)
+        await _close(life.engine, self._close_s)
 
     async def _replace(self, why: str) -> None:
         """Raises EngineError: the restarts are spent."""
@@ -178,7 +180,7 @@ class RestartingEngine:
     def _spend(self, why: str) -> None:
         """One restart of the budget; raises EngineError when there is none left."""
         now = time.monotonic()
-        while self._tried and self._tried[0] < now - WITHIN_S:
+        while self._tried and self._tried[0] < now - self._within_s:
             self._tried.popleft()
         if len(self._tried) >= self._budget:
             self._end(
@@ -195,10 +197,10 @@ class RestartingEngine:
                 async with asyncio.timeout(self._start_s):
                     await engine.update_weights(self._weights)
         except TimeoutError:
-            await _close(engine)
+            await _close(engine, self._close_s)
             raise EngineError(f"it did not take its weights within {self._start_s:g} s") from None
         except (IsentropeError, asyncio.CancelledError):
-            await _close(engine)
+            await _close(engine, self._close_s)
             raise
 
     def _end(self, why: str) -> None:
@@ -256,6 +258,18 @@ class _Life:
                 limit.reschedule(now)
 
 
+async def _broken(life: _Life) -> str:
+    """Why it broke: waits for that."""
+    if life.why:
+        return life.why
+    try:
+        async with life.call() as engine:
+            await engine.watch()
+    except EngineError as error:
+        return str(error)
+    return "it watches itself no longer"
+
+
 async def _made(make: Callable[[], Engine], within_s: float) -> Engine:
     """Make an engine in a thread of its own, while this loop goes on.
 
@@ -302,9 +316,9 @@ async def _give_up(coming: Future[Engine]) -> None:
         await _close(coming.result())
 
 
-async def _close(engine: Engine) -> None:
+async def _close(engine: Engine, within_s: float = CLOSE_S) -> None:
     try:
-        async with asyncio.timeout(CLOSE_S):
+        async with asyncio.timeout(within_s):
             await engine.close()
     except TimeoutError:
-        log.error("the engine did not close within %g s and is left behind", CLOSE_S)
+        log.error("the engine did not close within %g s and is left behind", within_s)
