@@ -18,6 +18,7 @@ import contextlib
 import logging
 import math
 import sys
+import zlib
 from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
 
@@ -93,7 +94,7 @@ class Pool:
     async def _ask(self, question: Question, within_s: float) -> Marks:
         if question.grader in IN_PLACE:
             return answer(question)
-        async with self._worker() as worker:
+        async with self._worker(question) as worker:
             try:
                 await worker.load(question)
                 return await worker.ask(question, within_s)
@@ -104,9 +105,14 @@ class Pool:
                 return Marks(error=str(error))
 
     @contextlib.asynccontextmanager
-    async def _worker(self) -> AsyncIterator[Worker]:
+    async def _worker(self, question: Question) -> AsyncIterator[Worker]:
+        """An idle process: the one that gets this gold answer's questions if it can be, since it
+        remembers what it judged.
+        """
         async with self._free:
-            worker = self._idle.pop()
+            usual = self._workers[zlib.crc32(question.gold.encode()) % len(self._workers)]
+            worker = usual if usual in self._idle else self._idle[-1]
+            self._idle.remove(worker)
             try:
                 yield worker
             except asyncio.CancelledError:
@@ -146,7 +152,7 @@ class Worker:
         except TimeoutError:
             raise DeadlineError(f"no verdict within {within_s:.3g} s") from None
         except asyncio.IncompleteReadError:
-            raise EOFError("the grading process died") from None
+            raise EOFError(f"the grading process died ({await _ended(process)})") from None
 
     def kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
@@ -178,6 +184,16 @@ class Worker:
             self.kill()
             raise
         return self._process
+
+
+async def _ended(process: asyncio.subprocess.Process) -> str:
+    """What became of a process that has closed its output."""
+    try:
+        async with asyncio.timeout(1.0):
+            code = await process.wait()
+    except TimeoutError:
+        return "its output is closed"
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _verdict(parts: Sequence[GradePart], scores: Sequence[float | str | None]) -> Verdict:
