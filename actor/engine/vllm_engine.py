@@ -120,12 +120,11 @@ class VllmEngine:
         raise self._broken
 
     async def close(self) -> None:
-        patient = self._broken is None
         self._fail(EngineError("the engine is closed"))
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task, *self._updates])
-        await asyncio.to_thread(self._host.close, patient=patient)
+        await asyncio.to_thread(self._host.close)
 
     @property
     def pids(self) -> list[int]:

@@ -12,6 +12,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -24,7 +25,7 @@ from actor.engine import vllm_process
 from actor.engine.vllm_args import VllmArgs, on_device
 from common.errors import ConfigError, EngineError, IsentropeError
 
-_GRACE_S = 5.0  # for processes that are told to end
+_GRACE_S = 5.0  # for the kernel to end a process that is killed
 _LOOK_S = 0.1  # how often a start that is to end is looked at
 _NAMES = ("EngineCore", "VLLM_DP_Coordinator")  # of the processes that vLLM starts here
 _QUIET = {
@@ -60,7 +61,7 @@ class Host:
             )
         if self._error is not None:
             error = self._told(self._error)
-            self.close(patient=False)
+            self.close()
             raise error from None
 
     def _told(self, error: Exception) -> IsentropeError:
@@ -95,22 +96,20 @@ class Host:
                 return f"{root.name} was killed by signal {-root.exitcode}"
         return "one of its processes ended"
 
-    def close(self, *, patient: bool) -> None:
-        """End every process; called from a thread. `patient`: they can be told to end."""
+    def close(self) -> None:
+        """End every process at once: there is nothing to save, and what hangs would not hear.
+        Blocks for a moment."""
         self._leave.set()
         if self._thread.ident is not None:
             while not self._settled.wait(_LOOK_S):  # it is about to start, or starting
                 _kill(self._tree())
-            tree = self._tree()
-            if not patient:
-                _kill(tree)
+            _kill(self._tree())
             if self.llm is not None:
-                with contextlib.suppress(Exception):  # whatever it complains of, it is killed next
-                    self.llm.shutdown(timeout=_GRACE_S)
+                with contextlib.suppress(Exception):  # its sockets; whatever it complains of
+                    self.llm.shutdown(timeout=0)
                 self.llm = None
-            _kill(tree)
             for root in self._roots:
-                root.join(_GRACE_S)
+                root.join()
             self._ended.set()
             self._thread.join()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -178,12 +177,25 @@ class Host:
 
 
 def _kill(tree: list[Any]) -> None:
+    """SIGKILL, and the named shared memory of those who could not clear it away themselves."""
     import psutil
 
+    shared = {path for process in tree for path in _shared(process.pid)}
     for process in tree:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(tree, timeout=_GRACE_S)
+    for path in shared:
+        path.unlink(missing_ok=True)
+
+
+def _shared(pid: int) -> set[Path]:
+    """Segments that Python's shared_memory made and process `pid` has mapped (Linux)."""
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return set()
+    return {Path(path) for path in re.findall(r"/dev/shm/psm_\w+", maps)}
 
 
 def _watchable(tree: list[Any]) -> Iterator[tuple[int, int]]:
