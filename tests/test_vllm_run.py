@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +60,9 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def engine_core(run: int) -> int:
     """The process that vLLM's engine runs in, among the descendants of `run`."""
-    until = time.monotonic() + 10
-    while time.monotonic() < until:
-        for pid in descendants(run):
-            if "EngineCore" in title(pid):
-                return pid
-        time.sleep(0.05)  # names of processes: nothing to await
-    raise AssertionError("no process of vLLM's engine runs")
+    import psutil  # comes with vLLM
 
-
-def descendants(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [found for child in map(int, children) for found in (child, *descendants(child))]
-
-
-def title(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    titles = {p.pid: " ".join(p.cmdline()) for p in psutil.Process(run).children(recursive=True)}
+    cores = [pid for pid, title in titles.items() if "EngineCore" in title]
+    assert len(cores) == 1, titles
+    return cores[0]
