@@ -39,6 +39,8 @@ GLOSSARY: dict[str, str] = {
     "clipped": "share of the tokens whose gradient the clip range stops, by lag",
     "ess_share": "effective sample size of policy / behaviour over all trained tokens (share, 0…1)",
     "ess": "effective sample size of the importance weights (share of the tokens), by lag",
+    "agreement": "learner / engine at tokens of the same weights: mean ratio, share outside the "
+    "clip, largest difference (nats), tokens",
     "kl": "KL(behaviour‖policy) estimated at the sampled tokens (nats per token), by lag",
     "reward_by_lag": "mean reward, by lag",
     "length_by_lag": "mean length (tokens), by lag",

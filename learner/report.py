@@ -17,6 +17,7 @@ from common.runfolder import RunFolder
 from common.status import ActorStatus, Heldout, Phase, Status, StatusFile, encode
 from common.versions import Registry
 from common.wire import Group
+from learner.agreement import Doubt
 from learner.config import LearnerConfig
 from learner.evaluation import Evaluation
 from learner.inbox import Selection
@@ -53,6 +54,7 @@ class Report:
         self._started = False
         self._wait_s = 0.0
         self._busy: list[float] = []
+        self._doubt = Doubt()
         self._engine_restarts: dict[str, int] = {}
         for label, point in ledger.evaluations.items():
             if point.is_answered:
@@ -77,6 +79,7 @@ class Report:
         step_s, self._step_began = now - self._step_began, now
         wait_s, self._wait_s = self._wait_s, 0.0
         self._note_actors(desk)
+        self._doubt.look(batch.t + 1, report.metrics)
         line: dict[str, Any] = {**report.metrics, **_batch_facts(batch), **self._pool(desk)}
         line |= {
             "seconds": self._seconds(),
@@ -213,6 +216,8 @@ class Report:
     def _warnings(self, desk: Desk) -> list[str]:
         warnings = [desk.blocked] if desk.blocked else []
         warnings += off_policy_alarm(self._lines[-1] if self._lines else {})
+        if self._doubt.words:
+            warnings.append(self._doubt.words)
         if not desk.actors:
             warnings.append("no actor is connected; waiting for one")
         for reason, count in desk.counts.copy().items():

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from common.errors import DataError
 from learner.advantage import advantages
+from learner.agreement import agreement
 from learner.batch import Batch, Micro, flatten, pack, split
 from learner.comm import Comm
 from learner.config import LearnerConfig
@@ -105,6 +106,7 @@ def train_step(
     metrics |= work.scaled | last.effects
     # ratios of the last update, which moved furthest; the entropy before the first
     metrics |= rollouts_by_lag(work.batch) | by_lag(last.table, config) | forecast
+    metrics |= agreement(first.table, work.batch, state.t, config)
     metrics["entropy"] = _mean_entropy(first.table)
     if config.realised_every and state.t % config.realised_every == 0:
         metrics |= _realised(state, work, first.table, forecast)
