@@ -67,9 +67,9 @@ class Dataset:
             self._train = numbers[ours]
             if not ours.all():
                 log.warning(
-                    "%s: %d rows left out: %s holds their questions out",
+                    "%s: %s left out: %s holds their questions out",
                     rows.path,
-                    len(ours) - int(ours.sum()),
+                    _counted(len(ours) - int(ours.sum())),
                     heldout.path,
                 )
         if not len(self._train) or not len(self._heldout):
@@ -117,7 +117,8 @@ def _index(rows: Rows, config: PromptsConfig) -> tuple[np.ndarray, np.ndarray]:
                 f"{rows.path}, row {where[0]}: no column {name!r} (there are: {known}); "
                 "map it in [learner.prompts]"
             )
-        log.warning("%s: %d rows left out: no %s in %s", rows.path, len(where), name, _few(where))
+        left_out = _counted(len(where))
+        log.warning("%s: %s left out: no %s in %s", rows.path, left_out, name, _few(where))
     return _first_of_each(rows, np.asarray(numbers, np.int64), np.asarray(digests, np.uint64))
 
 
@@ -128,9 +129,13 @@ def _first_of_each(
     first.sort()
     if len(first) < len(numbers):
         again = np.delete(numbers, first)
-        message = "%s: %d rows left out: an earlier row asks the same as %s"
-        log.warning(message, rows.path, len(again), _few(again.tolist()))
+        message = "%s: %s left out: an earlier row asks the same as %s"
+        log.warning(message, rows.path, _counted(len(again)), _few(again.tolist()))
     return numbers[first], digests[first]
+
+
+def _counted(rows: int) -> str:
+    return f"{rows} row{'s' * (rows != 1)}"
 
 
 def _few(rows: list[int]) -> str:

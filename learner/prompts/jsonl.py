@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -20,31 +20,34 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._offsets = array("q")  # where each line begins
-        try:
-            self._file = path.open("rb")
-        except OSError as error:
-            raise DataError(
-                f"cannot read the dataset {path}: {error.strerror}; set learner.prompts.path"
-            ) from None
 
     def scan(self, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
         self._offsets = array("q")
-        self._file.seek(0)
         at = 0
-        for number, line in enumerate(self._file, 1):
-            self._offsets.append(at)
-            at += len(line)
-            if line.strip():
-                yield number, self._parse(number, line)
+        with self._open() as file:
+            for number, line in enumerate(file, 1):
+                self._offsets.append(at)
+                at += len(line)
+                if line.strip():
+                    yield number, self._parse(number, line)
         if not self._offsets:
             raise DataError(f"{self.path}: the dataset is empty")
 
     def row(self, number: int) -> dict[str, Any]:
-        self._file.seek(self._offsets[number - 1])
-        return self._parse(number, self._file.readline())
+        with self._open() as file:
+            file.seek(self._offsets[number - 1])
+            return self._parse(number, file.readline())
 
     def columns(self) -> list[str]:
         return sorted(self.row(1)) if self._offsets else []
+
+    def _open(self) -> BinaryIO:
+        try:
+            return self.path.open("rb")
+        except OSError as error:
+            raise DataError(
+                f"cannot read the dataset {self.path}: {error.strerror}; set learner.prompts.path"
+            ) from None
 
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
         try:

@@ -1,0 +1,235 @@
+"""Files of rows as a source of problems: pure, split by what is asked, and clear about bad rows."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from common.errors import DataError
+from learner.config import PromptsConfig
+from learner.prompts.source import Source, open_source
+
+Row = dict[str, Any]
+Write = Callable[[Path, Sequence[Row]], Path]
+
+
+def write_jsonl(folder: Path, rows: Sequence[Row]) -> Path:
+    path = folder / "sums.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return path
+
+
+def write_parquet(folder: Path, rows: Sequence[Row]) -> Path:
+    """Ten rows a row group."""
+    path = folder / "sums.parquet"
+    pq.write_table(pa.Table.from_pylist(list(rows)), path, row_group_size=10)
+    return path
+
+
+def write_saved(folder: Path, rows: Sequence[Row]) -> Path:
+    """As `Dataset.save_to_disk` writes: Arrow's stream format, in two files."""
+    path = folder / "saved"
+    path.mkdir()
+    half = len(rows) // 2
+    schema = pa.Table.from_pylist(list(rows)).schema
+    for number, part in enumerate((rows[:half], rows[half:])):
+        table = pa.Table.from_pylist(list(part), schema=schema)
+        with (
+            (path / f"data-{number:05d}-of-00002.arrow").open("wb") as file,
+            pa.ipc.new_stream(file, schema) as writer,
+        ):
+            writer.write_table(table)
+    return path
+
+
+WRITERS: dict[str, Write] = {
+    "jsonl": write_jsonl,
+    "parquet": write_parquet,
+    "saved": write_saved,
+}
+SUMS = [{"prompt": f"{i}+{i}?", "answer": 2 * i, "level": i % 3} for i in range(60)]
+
+every_kind = pytest.mark.parametrize("kind", WRITERS)
+
+
+def source_of(kind: str, path: Path, seed: int = 0, **options: Any) -> Source:
+    return open_source(PromptsConfig(source=kind, path=str(path), **options), seed)
+
+
+def heldout(source: Source) -> list[str]:
+    found: list[str] = []
+    while (problem := source.heldout(len(found))) is not None:
+        found.append(problem.text)
+    return found
+
+
+def trained(source: Source, count: int) -> list[str]:
+    return [source.train(index).text for index in range(count)]
+
+
+@every_kind
+def test_a_source_is_pure_and_shows_every_training_row_once_an_epoch(
+    kind: str, tmp_path: Path
+) -> None:
+    path = WRITERS[kind](tmp_path, SUMS)
+    one, other = source_of(kind, path), source_of(kind, path)
+    first = trained(one, 54)
+    assert [other.train(index).text for index in reversed(range(54))] == first[::-1]
+    assert len(set(first)) == 54
+    second = [one.train(index).text for index in range(54, 108)]
+    assert set(second) == set(first)
+    assert second != first, "each epoch has an order of its own"
+    assert trained(source_of(kind, path, seed=1), 54) != first
+
+
+@every_kind
+def test_a_row_is_its_question_its_answer_and_its_other_columns(kind: str, tmp_path: Path) -> None:
+    source = source_of(kind, WRITERS[kind](tmp_path, SUMS))
+    problem = source.train(0)
+    row = next(row for row in SUMS if row["prompt"] == problem.text)
+    assert (problem.gold, problem.columns) == (str(row["answer"]), {"level": row["level"]})
+    assert problem.id == f"{source.name}/{SUMS.index(row) + 1}"
+
+
+@every_kind
+def test_a_tenth_is_held_out_and_no_question_is_on_both_sides(kind: str, tmp_path: Path) -> None:
+    path = WRITERS[kind](tmp_path, [*SUMS, *SUMS[::-1]])
+    source = source_of(kind, path)
+    held, rest = heldout(source), trained(source, 54)
+    assert (len(held), len(set(rest))) == (6, 54)
+    assert not set(held) & set(rest)
+    assert heldout(source_of(kind, path, seed=9)) == held, "the seed does not move the border"
+
+
+def test_rows_in_another_order_are_split_the_same_way(tmp_path: Path) -> None:
+    there = [tmp_path / "a", tmp_path / "b"]
+    for folder in there:
+        folder.mkdir()
+    one = source_of("jsonl", write_jsonl(there[0], SUMS))
+    other = source_of("parquet", write_parquet(there[1], SUMS[::-1]))
+    assert heldout(one) == heldout(other)
+
+
+def test_questions_of_a_heldout_file_are_taken_out_of_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_jsonl(tmp_path, SUMS)
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps(row) + "\n" for row in SUMS[50:]))
+    source = source_of("jsonl", path, heldout_path=str(held))
+    assert heldout(source) == [row["prompt"] for row in SUMS[50:]]
+    assert set(trained(source, 50)) == {row["prompt"] for row in SUMS[:50]}
+    assert "10 rows left out" in caplog.text
+
+
+@every_kind
+def test_rows_that_lack_something_or_repeat_are_left_out_counted_and_named(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = [
+        {"prompt": "1+1?", "answer": None},
+        {"prompt": "", "answer": 2},
+        {"prompt": "2+2?", "answer": None},
+    ]
+    source = source_of(kind, WRITERS[kind](tmp_path, [*SUMS, *bad, *SUMS[3:5]]))
+    assert set(trained(source, 54)) | set(heldout(source)) == {row["prompt"] for row in SUMS}
+    assert "2 rows left out: no answer in rows 61, 63" in caplog.text
+    assert "1 row left out: no prompt in row 62" in caplog.text
+    assert "2 rows left out: an earlier row asks the same as rows 64, 65" in caplog.text
+
+
+@every_kind
+def test_a_column_that_no_row_has_is_one_line_with_those_there_are(
+    kind: str, tmp_path: Path
+) -> None:
+    path = WRITERS[kind](tmp_path, SUMS)
+    with pytest.raises(DataError, match=r"row 1: no column 'gold' \(there are: .*level"):
+        source_of(kind, path, answer_column="gold")
+
+
+@every_kind
+def test_zero_and_false_are_answers(kind: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"is {i} odd?", "answer": bool(i % 2)} for i in range(20)]
+    source = source_of(kind, WRITERS[kind](tmp_path, rows))
+    assert {source.train(index).gold for index in range(18)} == {"True", "False"}
+
+
+@every_kind
+def test_a_field_within_a_column_is_named_with_a_dot(kind: str, tmp_path: Path) -> None:
+    rows = [{"q": f"{i}?", "judge": {"gold": f"{i}", "style": "rule"}} for i in range(20)]
+    path = WRITERS[kind](tmp_path, rows)
+    source = source_of(kind, path, prompt_column="q", answer_column="judge.gold")
+    problem = source.train(0)
+    assert problem.gold == problem.text.removesuffix("?")
+    assert problem.columns["judge"]["style"] == "rule"
+
+
+def test_dates_and_decimals_of_a_parquet_file_can_travel(tmp_path: Path) -> None:
+    from common.plain import rebuilt
+
+    when, price = datetime.date(2024, 2, 29), Decimal("1.50")
+    rows = [{"prompt": f"{i}?", "answer": "a", "on": when, "price": price} for i in range(4)]
+    source = source_of("parquet", write_parquet(tmp_path, rows))
+    assert rebuilt(source.train(0).columns) == {"on": when, "price": price}
+
+
+def test_a_folder_of_parquet_files_is_one_dataset(tmp_path: Path) -> None:
+    for number, part in enumerate((SUMS[:30], SUMS[30:])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_parquet(folder, part).rename(tmp_path / f"part-{number}.parquet")
+    source = source_of("parquet", tmp_path)
+    assert len(set(trained(source, 54)) | set(heldout(source))) == 60
+
+
+def test_rows_of_a_parquet_file_are_not_held_in_memory(tmp_path: Path) -> None:
+    """Thirty megabytes of text that does not compress; a few of them are allocated."""
+    import random
+
+    draw = random.Random(0)
+    rows = [{"prompt": f"{draw.randbytes(5000).hex()}", "answer": "a"} for _ in range(3000)]
+    path = write_parquet(tmp_path, rows)
+    del rows
+    before = pa.total_allocated_bytes()
+    source = source_of("parquet", path)
+    assert len(source.train(7).text) == 10_000
+    assert pa.total_allocated_bytes() - before < 3_000_000
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"prompt": "1", "answer": "1"}\nnot json\n', "row 2: not a JSON object"),
+        ('{"prompt": "1", "answer": "1"}\n\n[1]\n', "row 3: not a JSON object"),
+        ("", "the dataset is empty"),
+        ('{"prompt": "1", "answer": "1"}\n', "too few rows"),
+    ],
+)
+def test_a_damaged_or_empty_file_is_refused_with_the_place(
+    content: str, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=said):
+        source_of("jsonl", path)
+
+
+@every_kind
+def test_a_file_that_is_not_there_is_one_line_that_names_the_key(kind: str) -> None:
+    with pytest.raises(DataError, match=r"/nowhere.* set learner\.prompts\.path"):
+        source_of(kind, Path("/nowhere"))
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path, SUMS)
+    for kind in ("parquet", "saved"):
+        with pytest.raises(DataError, match="cannot read the dataset"):
+            source_of(kind, path)
