@@ -1,5 +1,3 @@
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +6,10 @@ from torch import Tensor
 
 from common.errors import ConfigError
 from learner.config import LearnerConfig
-from learner.loss import clipped, correction, scale, surrogate
+from learner.loss import clipped, correction, ratio, scale, surrogate
+from tests.tables import golden
 
 # The vectors GV14 of the entropy-control literature notes; see tests/golden/entropy.json
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "entropy.json").read_text())
 L = torch.tensor([-1.0, -0.5, -2.0, -0.2], dtype=torch.float64)
 LP = torch.tensor([-1.1, -0.5, -1.8, -0.25], dtype=torch.float64)
 LB = torch.tensor([-1.0, -1.4, -1.7, -0.25], dtype=torch.float64)
@@ -26,20 +24,22 @@ def close(found: Tensor, wanted: Any) -> bool:
     return torch.allclose(found, torch.tensor(wanted, dtype=found.dtype), rtol=1e-5, atol=1e-5)
 
 
-def test_the_golden_ratios_and_losses_come_out() -> None:
-    plain = token_losses(loss="decoupled_ppo")
-    assert close(plain, GOLDEN["GV14.ppo"])
-    capped = token_losses(loss="decoupled_ppo", correction="truncate")
-    assert close(capped, GOLDEN["GV14.TIS"])
-    assert close(capped.mean(), GOLDEN["GV14.TIS mean"])
-    masked = token_losses(loss="decoupled_ppo", correction="mask")
-    assert close(masked.mean(), GOLDEN["GV14.MIS mean"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_golden_ratios_and_losses_come_out(dtype: torch.dtype) -> None:
+    l, lp, lb, a = (x.to(dtype) for x in (L, LP, LB, A))  # noqa: E741
+
+    def losses(**fields: Any) -> Tensor:
+        return surrogate(l, lp, lb, a, LearnerConfig(**{"loss": "decoupled_ppo", **fields}))
+
+    golden(ratio(l, lp), "GV14.r", dtype)
+    golden(losses(), "GV14.ppo", dtype)
+    capped = losses(correction="truncate")
+    golden(capped, "GV14.TIS", dtype)
+    golden(capped.mean(), "GV14.TIS mean", dtype)
+    golden(losses(correction="mask").mean(), "GV14.MIS mean", dtype)
     wide = LearnerConfig(loss="decoupled_ppo", correction="truncate", correction_high=99.0)
-    assert close(correction(LP, LB, wide), GOLDEN["GV14.w"])
-
-
-def test_ppo_takes_the_behaviour_policy_as_old() -> None:
-    assert close(token_losses(loss="ppo"), GOLDEN["GV14.bypass"])
+    golden(correction(lp, lb, wide), "GV14.w", dtype)
+    golden(losses(loss="ppo"), "GV14.bypass", dtype)  # the behaviour policy is "old"
 
 
 def test_reinforce_is_the_weighted_log_probability() -> None:

@@ -202,12 +202,12 @@ def test_the_weighted_gradient_is_the_weight_times_the_gradient() -> None:
 
 def test_the_prediction_is_that_of_moving_the_sampled_logit_alone() -> None:
     """GV2, step α: -α (1-q) S, which leaves out Σ_{v≠a} p_v S_v of the exact change."""
-    alpha = 0.01
     S = torch.tensor(GOLDEN["GV1.S"], dtype=torch.float64)
     p = torch.tensor(GOLDEN["GV1.p"], dtype=torch.float64)
     t = make_table(p.log(), 1.0, H=GOLDEN["GV1.H"], N=GOLDEN["GV1.N"])
-    golden(alpha * Steer().omega(t), "GV2.grpo.steer.0.01")
-    golden(alpha * Steer(form="centred").omega(t), "GV2.grpo.pred.0.01")
+    for alpha in (0.01, 0.001):
+        golden(alpha * Steer().omega(t), f"GV2.grpo.steer.{alpha}")
+        golden(alpha * Steer(form="centred").omega(t), f"GV2.grpo.pred.{alpha}")
     rest = torch.tensor([float((p * S).sum() - p[a] * S[a]) for a in range(4)]).double()
     difference = Steer(form="centred").omega(t) - Steer().omega(t)
     assert torch.allclose(difference, rest, atol=1e-5)
@@ -242,3 +242,19 @@ def test_presets_bring_their_published_bounds() -> None:
 def test_bounds_that_cannot_be_are_refused(knobs: Any, line: str) -> None:
     with pytest.raises(ConfigError, match=line):
         Steer(**knobs).check()
+
+
+def test_the_entropy_may_be_that_of_the_start_of_the_step_as_the_released_code_caches_it() -> None:
+    now = replace(random_table(), updates=2)
+    later = replace(now, H0=now.H + 0.2, N0=now.N - 0.1)
+    for form in ("theorem", "centred"):
+        assert torch.equal(weights(later, form=form), weights(now, form=form))
+    cached = replace(now, H=now.H + 0.2, N=now.N - 0.1)
+    for knobs in (
+        {"form": "released"},
+        {"form": "theorem", "entropy_from": "proximal"},
+        {"form": "centred", "entropy_from": "proximal"},
+    ):
+        current = {**knobs, "entropy_from": "current"}
+        assert torch.equal(weights(later, **knobs), weights(cached, **current))
+        assert not torch.equal(weights(later, **knobs), weights(later, **current))
