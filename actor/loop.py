@@ -208,6 +208,7 @@ async def _guard(day: Day) -> None:
 async def _started(engine: RestartingEngine, desk: Desk) -> bool:
     """Whether the engine is up; False when the actor was told to leave before. Raises what its
     making raises: a first start that fails is not tried again."""
+    log.info("the engine starts")
     starting = asyncio.create_task(engine.start())
     leaving = asyncio.create_task(desk.leaving.wait())
     await asyncio.wait((starting, leaving), return_when=asyncio.FIRST_COMPLETED)

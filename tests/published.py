@@ -14,6 +14,13 @@ def lay(
     """Store a version whose content follows from `seed`; nobody knows of it yet."""
     content = np.random.default_rng(version if seed is None else seed).random(64, np.float32)
     tensors = (Tensor("w", "F32", (64,), memoryview(content.tobytes())),)
+    return lay_tensors(registry, version, tensors, incarnation)
+
+
+def lay_tensors(
+    registry: Registry, version: int, tensors: tuple[Tensor, ...], incarnation: int = 1
+) -> Manifest:
+    """Store a version of these tensors; nobody knows of it yet."""
     named = digest(tensors)
     entries, blobs = put_version(open_store("redis", registry), version, named, tensors)
     return Manifest(

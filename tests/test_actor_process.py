@@ -6,6 +6,7 @@ import asyncio
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -55,6 +56,37 @@ async def test_sigterm_hands_tickets_back_and_delivers_owed_results(stage: Stage
     await learner.receive(Bye)
     code, said = await end_of(process)
     assert code == 0, said
+
+
+async def test_sigterm_ends_an_actor_whose_engine_is_still_starting(stage: Stage) -> None:
+    process = start_actor(stage, "actor.scripted.startup_s=600")
+    assert process.stderr is not None
+    while "starts" not in await asyncio.to_thread(process.stderr.readline):
+        pass
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    code, said = await end_of(process)
+    assert code == 0, said
+    assert time.monotonic() - began < 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["actor.scripted.fails_to_start=true"], "did not start (actor.scripted.fails_to_start)"),
+        (
+            ["actor.scripted.startup_s=600", "actor.engine_start_s=0.2"],
+            "the engine was not up within 0.2 s (actor.engine_start_s)",
+        ),
+    ],
+)
+async def test_an_engine_that_does_not_start_ends_the_actor_with_one_line(
+    stage: Stage, overrides: list[str], said: str
+) -> None:
+    code, words = await end_of(start_actor(stage, *overrides))
+    assert code == 1
+    assert said in words.strip().splitlines()[-1]
+    assert "Traceback" not in words
 
 
 async def test_a_refused_digest_ends_with_one_line_naming_both_values(stage: Stage) -> None:
