@@ -62,7 +62,7 @@ def test_the_size_is_refused_with_the_field_of_the_actor() -> None:
 def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match=r"did you mean tensor_parallel_size\?"):
         args({"tensor_paralel_size": 2})
-    with pytest.raises(ConfigError, match="is no argument of vLLM's engine$"):
+    with pytest.raises(ConfigError, match=r"is no argument of vLLM's engine$"):
         args({"qqq": 2})
     with pytest.raises(ConfigError, match=r"did you mean weight_transfer\?"):
         args({"weight_transfe": "spool"})
@@ -93,7 +93,7 @@ def test_on_a_cpu_it_runs_eagerly_with_a_small_cache_unless_told_otherwise() -> 
 
 
 def test_a_device_that_the_installed_vllm_has_not_is_refused() -> None:
-    with pytest.raises(ConfigError, match='device = "cuda", but the installed vLLM .* cpu'):
+    with pytest.raises(ConfigError, match=r'device = "cuda", but the installed vLLM .* cpu'):
         on_device(args(), "cpu", "cuda")
     with pytest.raises(ConfigError, match='"nccl" needs GPUs'):
         on_device(args({"weight_transfer": "nccl"}), "cpu", "auto")
@@ -127,13 +127,9 @@ def test_a_folder_without_a_usable_config_gets_one_line(tmp_path: Path) -> None:
 
 
 def test_a_failure_is_told_by_its_root_in_one_line() -> None:
-    try:
-        try:
-            raise ValueError("too little memory\nand a page of advice")
-        except ValueError as error:
-            raise RuntimeError("engine core initialisation failed") from error
-    except RuntimeError as error:
-        assert vllm_process.said(error) == "ValueError: too little memory"
+    error = RuntimeError("engine core initialisation failed")
+    error.__cause__ = ValueError("too little memory\nand a page of advice")
+    assert vllm_process.said(error) == "ValueError: too little memory"
 
 
 def test_a_validation_error_is_told_without_its_decoration() -> None:

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from common.errors import ConfigError, EngineError, IsentropeError
 
 _GRACE_S = 5.0  # for the kernel to end a process that is killed
 _LOOK_S = 0.1  # how often a start that is to end is looked at
+_SHARED_MEMORY = Path("/dev/shm")
 _NAMES = ("EngineCore", "VLLM_DP_Coordinator")  # of the processes that vLLM starts here
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -103,11 +105,13 @@ class Host:
         if self._thread.ident is not None:
             while not self._settled.wait(_LOOK_S):  # it is about to start, or starting
                 _kill(self._tree())
-            _kill(self._tree())
+            tree, shared = self._tree(), self._shared()
             if self.llm is not None:
-                with contextlib.suppress(Exception):  # its sockets; whatever it complains of
+                with contextlib.suppress(Exception):  # whatever it complains of, they are killed
                     self.llm.shutdown(timeout=0)
                 self.llm = None
+            _kill(tree)
+            _unlink(shared)
             for root in self._roots:
                 root.join()
             self._ended.set()
@@ -162,6 +166,15 @@ class Host:
             if child.name.startswith(_NAMES) and child.pid not in self._others
         ]
 
+    def _shared(self) -> set[str]:
+        """Segments of Python's shared_memory that the processes have mapped (Linux)."""
+        found: set[str] = set()
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                maps = Path(f"/proc/{pid}/maps").read_text()
+                found |= set(re.findall(rf"{_SHARED_MEMORY}/(psm_\w+)", maps))
+        return found
+
     def _tree(self) -> list[Any]:
         """The engine's processes and all that they started, as psutil sees them."""
         if self._thread.ident is None:
@@ -177,25 +190,20 @@ class Host:
 
 
 def _kill(tree: list[Any]) -> None:
-    """SIGKILL, and the named shared memory of those who could not clear it away themselves."""
     import psutil
 
-    shared = {path for process in tree for path in _shared(process.pid)}
     for process in tree:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(tree, timeout=_GRACE_S)
-    for path in shared:
-        path.unlink(missing_ok=True)
 
 
-def _shared(pid: int) -> set[Path]:
-    """Segments that Python's shared_memory made and process `pid` has mapped (Linux)."""
-    try:
-        maps = Path(f"/proc/{pid}/maps").read_text()
-    except OSError:
-        return set()
-    return {Path(path) for path in re.findall(r"/dev/shm/psm_\w+", maps)}
+def _unlink(shared: set[str]) -> None:
+    """Clear away shared memory whose owners were killed; Python's tracker forgets it."""
+    for name in shared:
+        with contextlib.suppress(FileNotFoundError):
+            (_SHARED_MEMORY / name).unlink()
+            resource_tracker.unregister(f"/{name}", "shared_memory")
 
 
 def _watchable(tree: list[Any]) -> Iterator[tuple[int, int]]:

@@ -22,6 +22,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -113,6 +114,7 @@ class SpoolTransfer(WeightTransferEngine[Nothing, Version]):  # type: ignore[mis
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        _pack_tied(self.model)
         self._staged = None
 
     def shutdown(self) -> None:
@@ -138,6 +140,21 @@ def _from_checkpoint(folder: Path, names: tuple[str, ...]) -> Iterator[tuple[str
         with safe_open(path, framework="pt") as file:
             for name in wanted & set(file.keys()):
                 yield name, file.get_tensor(name)
+
+
+def _pack_tied(model: torch.nn.Module) -> None:
+    """Pack again what shares its weight with a module before it.
+
+    On a CPU vLLM multiplies with a packed copy of each module's weight, and packs when the module
+    itself is loaded. A head tied to the embedding never is: it would go on with the old copy.
+    """
+    seen: set[int] = set()
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, UnquantizedEmbeddingMethod) and hasattr(module, "cpu_linear"):
+            if module.weight.data_ptr() in seen:
+                method.process_weights_after_loading(module)
+            seen.add(module.weight.data_ptr())
 
 
 def _register() -> None:
