@@ -224,7 +224,9 @@ async def test_when_the_restarts_are_spent_it_is_over_and_the_last_cause_is_name
                 with suppress(EngineError):
                     await ask(engine)
                 await asyncio.sleep(0)
-        with pytest.raises(EngineError, match=r"2 restarts.*spent.*died after 5 tokens"):
+        with pytest.raises(
+            EngineError, match=r"restarts within an hour \(2\).*spent.*died after 5 tokens"
+        ):
             await guard
         assert len(maker.made) == 3
         for asked in (ask(engine), engine.update_weights(weights(1))):

@@ -184,8 +184,8 @@ class RestartingEngine:
             self._tried.popleft()
         if len(self._tried) >= self._budget:
             self._end(
-                f"the engine broke for good: its {self._budget} restarts within an hour are spent "
-                f"(actor.engine_restarts); the last cause: {why}"
+                f"the engine broke for good: its restarts within an hour ({self._budget}) are "
+                f"spent, see actor.engine_restarts; the last cause: {why}"
             )
             raise EngineError(self._over)
         self._tried.append(now)
