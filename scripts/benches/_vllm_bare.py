@@ -38,6 +38,8 @@ class Held:
             initialize_layerwise_reload(model)
             model.load_weights(self._held.items())
             finalize_layerwise_reload(model, self.vllm_config.model_config)
+            if model.config.tie_word_embeddings:  # a CPU's packed copy of it would stay the old one
+                model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
 class Offline:
