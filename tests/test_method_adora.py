@@ -52,6 +52,29 @@ def test_the_published_length_examples_come_out(
     np.testing.assert_allclose(found, factor * G1_ADVANTAGE, atol=1e-5)
 
 
+def test_where_every_failure_is_cut_the_published_codes_disagree() -> None:
+    lengths = [300, 500, 420, 700, 600]
+    factors = [
+        Adora(preset="llm_repo", length_cut=400, empty_failures=how).factor(
+            group([1, 0, 1, 0, 0], lengths)
+        )
+        for how in ("neutral", "as_llm_repo", "as_vlm_repo")
+    ]
+    assert factors == [1.0, 1.0, 0.1]
+
+
+def test_the_factor_comes_after_the_groups_normalisation_which_would_cancel_it() -> None:
+    one = group([1, 0, 1, 0, 0], [300, 500, 420, 700, 600])
+    rewards = np.array([3, -0.5, 3, -0.5, -0.5])
+    before = advantages(0.1 * rewards, np.zeros(5, int), "grpo")
+    np.testing.assert_allclose(before[:2], [1.095439, -0.730293], atol=1e-6)
+    np.testing.assert_allclose(weighed(REPO, one, rewards)[0], 0.109544, atol=1e-6)
+    pair = [group([1, 0, 1, 0], [9, 3, 3, 3]), group([1, 1, 1, 0], [3, 3, 3, 9])]
+    found = np.concatenate([weighed(REPO, g, [r.correct for r in g.rollouts]) for g in pair])
+    wanted = [0.866024, -0.866024, 0.866024, -0.866024, 0.05, 0.05, 0.05, -0.15]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 def test_more_reward_levels_change_the_advantage_not_the_factor() -> None:
     found = weighed(REPO, group([1, 0, 0, 0], [900, 400, 800, 1200]), [3, -0.5, -1, -3])
     np.testing.assert_allclose(found, [1.352255, -0.050084, -0.250418, -1.051754], atol=1e-5)

@@ -9,6 +9,7 @@ import torch
 
 from learner.methods.base import moments
 from learner.methods.clip_b import ClipB
+from learner.methods.clip_v import ClipV
 from tests.tables import GOLDEN, golden, random_table
 from tests.test_method_clip_v import paper
 
@@ -99,3 +100,30 @@ def test_it_is_idle_while_the_entropy_is_high() -> None:
     assert t.S.min() > GOLDEN["GV1.S_lower_bound"] - 1e-6
     assert 2.5 * sigma > 0.2239 + mean
     assert not ClipB().drop(t).any()
+
+
+@pytest.mark.parametrize(
+    "method", [ClipB(mu=0.5), ClipV(mu=0.5, max_frac=1.0)], ids=lambda m: m.name
+)
+def test_all_updates_of_a_step_drop_what_the_first_one_drops(method: ClipB | ClipV) -> None:
+    first = random_table()
+    first = replace(first, logp=first.lp)
+    moved = random_table(seed=1)
+    later = replace(first, logp=moved.logp, H=moved.H, N=moved.N, H0=first.H, N0=first.N)
+    assert method.drop(first).any()
+    assert torch.equal(method.drop(later), method.drop(first))
+    assert not torch.equal(method.drop(replace(later, H0=None, N0=None)), method.drop(first))
+
+
+def test_the_released_preset_takes_the_engines_log_prob_and_the_kept_denominator() -> None:
+    t = random_table()
+    t = replace(t, lb=t.logp - torch.linspace(0, 1, 400).double())
+    released = ClipB(mu=0.5, preset="released")
+    assert torch.allclose(released.discriminator(t), t.lb.exp() * (t.H + t.lb))
+    named = ClipB(mu=0.5, log_prob="behaviour", denominator="kept")
+    assert torch.equal(released.drop(t), named.drop(t))
+    assert released.weigh(t, t.main) is not None
+    assert not torch.equal(released.drop(t), ClipB(mu=0.5).drop(t))
+    assert ClipB(preset="released", denominator="original").weigh(t, t.main) is None
+    assert ClipV(preset="released").weigh(t, t.main) is not None
+    assert ClipV().weigh(t, t.main) is None

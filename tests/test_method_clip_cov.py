@@ -110,6 +110,14 @@ def test_micro_scope_has_its_own_means_and_its_own_one_token() -> None:
     assert int(ClipCov(low=0.1).drop(t).sum()) == 1
 
 
+def test_the_released_preset_is_micro_scope() -> None:
+    t = random_table()
+    released, named = ClipCov(preset="released", low=0.1), ClipCov(scope="micro", low=0.1)
+    assert torch.equal(released.drop(t), named.drop(t))
+    assert not torch.equal(released.drop(t), ClipCov(low=0.1).drop(t))
+    assert torch.equal(ClipCov(preset="released", scope="minibatch").drop(t), ClipCov().drop(t))
+
+
 def test_masked_tokens_enter_no_mean() -> None:
     assert GOLDEN["GV7.mean[l,A]"] == pytest.approx([sum(L[:7]) / 7, sum(A[:7]) / 7], rel=1e-5)
     wild = make_table([*L[:7], -50.0], [*A[:7], 99.0], lp=[*LP[:7], -50.0], mask=MASK)

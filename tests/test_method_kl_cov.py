@@ -17,7 +17,7 @@ from learner.methods.compose import Factors, Methods
 from learner.methods.kl_cov import KlCov
 from learner.methods.top_entropy import TopEntropy
 from learner.table import Table
-from tests.tables import golden, make_table, random_table
+from tests.tables import golden, make_table, random_table, with_surrogate
 from tests.test_methods import bits, train
 
 DTYPES = [torch.float64, torch.float32]
@@ -138,6 +138,43 @@ def test_without_beta_it_is_the_unclipped_baseline_bit_for_bit() -> None:
     assert bits(train([KlCov(beta=0.0)], **open_clip)[0]) == plain
     assert bits(train([KlCov(beta=1e-30, ratio=0.1)], **open_clip)[0]) == plain
     assert bits(train([KlCov(ratio=0.1)], **open_clip)[0]) != plain
+
+
+def test_the_pull_has_the_importance_weight_of_its_token_as_released() -> None:
+    t = random_table()
+    config = LearnerConfig(
+        loss="decoupled_ppo", clip_low=None, clip_high=None, correction="truncate"
+    )
+    weighty = with_surrogate(replace(t, lb=t.lp + torch.linspace(-0.5, 0.5, 400).double()), config)
+    method = KlCov(ratio=0.2, anchor="proximal")
+    plan = method.plan(weighty, t.main)
+    chosen = plan > 0
+    assert torch.equal(chosen, method.plan(t, t.main) > 0)
+    assert weighty.w is not None
+    assert torch.equal(plan[chosen], weighty.w[chosen])
+    extra = method.extra_loss(weighty, plan)
+    assert extra is not None
+    assert torch.allclose(extra, plan * (t.logp - t.lp).abs())
+
+
+def test_micro_scope_has_its_own_means_and_its_own_choice() -> None:
+    t = random_table(size=400)  # 80 rollouts of 5 tokens
+    own = KlCov(ratio=0.1, scope="micro", micro_rollouts=40).plan(t, t.main)
+    for half in (t.row < 40, t.row >= 40):
+        on = t.main & half
+        assert torch.equal(own * half, KlCov(ratio=0.1).plan(t, on))
+    assert not torch.equal(own, KlCov(ratio=0.1).plan(t, t.main))
+
+
+def test_the_released_preset_is_micro_scope_and_the_proximal_anchor() -> None:
+    t = replace(random_table(), updates=1, lb=random_table().lp - 0.2)
+    released = KlCov(ratio=0.1, preset="released")
+    named = KlCov(ratio=0.1, scope="micro", anchor="proximal")
+    plan = released.plan(t, t.main)
+    assert torch.equal(plan, named.plan(t, t.main))
+    pulls = [m.extra_loss(t, plan) for m in (released, named, KlCov(ratio=0.1))]
+    assert torch.equal(pulls[0], pulls[1])  # type: ignore[arg-type]
+    assert not torch.equal(pulls[0], pulls[2])  # type: ignore[arg-type]
 
 
 def test_neither_order_nor_micro_batches_matter() -> None:
