@@ -12,6 +12,7 @@ Written aside in the same parent, fsynced, renamed. Nothing pickled.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -81,6 +82,26 @@ def load(folder: Path, state: TrainState) -> bytes:
 def fold(folder: Path) -> bytes:
     """Only the ledger's fold; raises JournalError like `load`."""
     return _verified(folder)["fold.msgpack"]
+
+
+class Held(NamedTuple):
+    """A state in memory, to come back to: what `save` writes, without a fold."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def hold(state: TrainState) -> Held:
+    weights = {name: master.detach().clone() for name, master in state.masters.items()}
+    moments = {name: t.detach().clone() for name, t in _optimizer_tensors(state).items()}
+    return Held(weights, moments, copy.deepcopy(_facts(state)))
+
+
+def put_back(state: TrainState, held: Held) -> None:
+    """`state` as it was held, to the last bit; as often as wanted."""
+    moments = {name: t.clone() for name, t in held.moments.items()}
+    _restore(state, held.weights, moments, copy.deepcopy(held.facts))
 
 
 def remove(folder: Path) -> None:

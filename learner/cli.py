@@ -20,6 +20,7 @@ from common.options import (
 
 if TYPE_CHECKING:
     from common.config import RunConfig
+    from common.runfolder import RunFolder
     from learner.config import LearnerConfig
     from learner.step import StepReport
 
@@ -65,15 +66,42 @@ def learner(recipe: str, run_folder: Path, resume: bool, overrides: tuple[str, .
     show_default=True,
     help="With overrides: stop when the effective sample size falls below this share of tokens.",
 )
+@click.option(
+    "--compare",
+    metavar="RECIPE,RECIPE,…",
+    default="",
+    help="From every checkpoint one step with the methods and the loss of each of these recipes, "
+    "on the recorded data: predicted and realised entropy change, change of the surrogate.",
+)
+@click.option(
+    "--every",
+    type=click.IntRange(min=1),
+    help="With --compare: steps between comparisons; those between the run's checkpoints if not "
+    "given.",
+)
 @json_option
-def replay(run_folder: Path, overrides: tuple[str, ...], least_ess: float, as_json: bool) -> None:
+def replay(
+    run_folder: Path,
+    overrides: tuple[str, ...],
+    least_ess: float,
+    compare: str,
+    every: int | None,
+    as_json: bool,
+) -> None:
     """Train again from a run's journal: to the same bits, or with other settings on the same
     data.
     """
+    from common.errors import ConfigError
     from common.runfolder import RunFolder
 
     folder = RunFolder.open(existing_run(run_folder))
     run, config = _sections(str(folder.recipe), overrides)
+    if compare:
+        if overrides:
+            raise ConfigError("--compare: the run is walked as it was recorded; leave -s out")
+        rivals = {name: _sections(name, ())[1] for name in compare.split(",")}
+        _compare(folder, run, config, rivals, every or config.checkpoint_every, as_json)
+        return
     from learner.replay import replay as again
 
     def show(t: int, report: StepReport, same: bool) -> None:
@@ -92,6 +120,32 @@ def replay(run_folder: Path, overrides: tuple[str, ...], least_ess: float, as_js
     )
     if done.stopped:
         click.echo(f"stopped: {done.stopped}")
+
+
+def _compare(
+    folder: RunFolder,
+    run: RunConfig,
+    config: LearnerConfig,
+    rivals: dict[str, LearnerConfig],
+    every: int,
+    as_json: bool,
+) -> None:
+    from learner.first_order import compare, row, summary
+
+    def show(line: str) -> None:
+        click.echo(line, err=as_json)
+
+    show(row())
+    points = compare(folder, run, config, rivals, every, show=lambda point: show(row(point)))
+    means = summary(points)
+    if as_json:
+        facts = {"points": [p._asdict() for p in points], "summary": means}
+        click.echo(json.dumps(facts))
+        return
+    click.echo("")
+    for name, numbers in means.items():
+        facts_line = "  ".join(f"{key} {value:+.3e}" for key, value in numbers.items())
+        click.echo(f"{name:18} {facts_line}")
 
 
 def _sections(recipe: str, overrides: tuple[str, ...]) -> tuple[RunConfig, LearnerConfig]:

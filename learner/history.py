@@ -31,6 +31,7 @@ from learner.step import StepReport, TrainState, make_state, train_step
 
 log = logging.getLogger("isentrope.history")
 OnStep = Callable[[Selection, StepReport, bool], bool]  # (batch, report, bits agree) → go on?
+OnBatch = Callable[[TrainState, Selection, LearnerConfig], None]  # before it is trained on again
 
 
 @dataclass(slots=True)
@@ -54,19 +55,24 @@ def catch_up(
     from_start: bool = False,
     override: bool = False,
     on_step: OnStep | None = None,
+    on_batch: OnBatch | None = None,
 ) -> Past:
     """Fold the whole journal; train again every step that no checkpoint holds.
 
     `from_start` ignores checkpoints. `override` trains with `config` instead of what the journal
     says, and compares nothing. Raises JournalError when a step does not come out as it was
-    recorded.
+    recorded. `on_batch` may do with the state what it likes if it leaves it as it was.
     """
     found = None if from_start else _from_checkpoint(folder, run, config)
     past, start = found or (Past(make_state(run, config), Ledger(), config), None)
     machine: tuple[str, int, int] | None = _machine(folder.journal)
     for at, record in journal.read(folder.journal, start):
-        if isinstance(record, Step) and not _redo(past, record, run, machine, override, on_step):
-            return past
+        if isinstance(record, Step):
+            batch = _batch_of(past, record)
+            if on_batch is not None:
+                on_batch(past.state, batch, past.config)
+            if not _redo(past, batch, record, run, machine, override, on_step):
+                return past
         past.ledger.apply(record, at)
         if isinstance(record, Open):
             machine = (record.torch, record.threads, record.world_size)
@@ -116,14 +122,7 @@ def _before(
     return takewhile(lambda pair: pair[0] < end, records)
 
 
-def _redo(
-    past: Past,
-    record: Step,
-    run: RunConfig,
-    machine: tuple[str, int, int] | None,
-    override: bool,
-    on_step: OnStep | None,
-) -> bool:
+def _batch_of(past: Past, record: Step) -> Selection:
     batch = select(past.ledger, past.config)
     if batch is None or (batch.consumed, batch.dropped) != (record.consumed, record.dropped):
         raise JournalError(
@@ -131,6 +130,18 @@ def _redo(
             f"the batch rule gives {batch.consumed[:4] if batch else 'none'}…; "
             "the journal was edited or is incomplete"
         )
+    return batch
+
+
+def _redo(
+    past: Past,
+    batch: Selection,
+    record: Step,
+    run: RunConfig,
+    machine: tuple[str, int, int] | None,
+    override: bool,
+    on_step: OnStep | None,
+) -> bool:
     log.info("catching up: step %d again, from the journal", record.t + 1)
     report = train_step(past.state, batch.items, past.config)
     same = override or digest(model.snapshot(past.state.model, run.weights_dtype)) == record.digest
