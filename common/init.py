@@ -67,14 +67,17 @@ REAL = {
     "dtype_note": "fp32 on a CPU",
 }
 
-JSONL = """\
+DATA = """\
 [learner.prompts]
-source = "jsonl"  # one JSON object a line
+source = "{source}"  # {source_note}
 path = {data}
 prompt_column = {prompt}
 answer_column = {answer}
-grader = "exact"  # or your own: "python:MODULE:FUNCTION", as TRL takes them
+chat = "auto"  # by the model's chat template, if it has one
+instruction = ""  # a line behind every question, such as "Answer with the number only."
+grader = "exact"  # numeric, math_verify, or your own: "python:MODULE:FUNCTION", as TRL takes them
 """
+SOURCE_NOTES = {"jsonl": "one JSON object a line", "parquet": "a file, or a folder of them"}
 
 ARITHMETIC = """\
 [learner.prompts]
@@ -89,7 +92,9 @@ ANSWER_NAMES = ("answer", "solution", "gold", "target", "label")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--model", default="tiny", show_default=True, help="Model folder, or a shipped name.")
 @click.option(
-    "--data", type=click.Path(path_type=Path), help="JSONL file with prompts and answers."
+    "--data",
+    type=click.Path(path_type=Path),
+    help="JSONL or Parquet file with prompts and answers.",
 )
 def init(folder: Path, model: str, data: Path | None) -> None:
     """Write a commented starter recipe into DIR."""
@@ -102,7 +107,7 @@ def init(folder: Path, model: str, data: Path | None) -> None:
     found = models.find(model)
     shipped = found.is_relative_to(models.SHIPPED)
     named, scale = (model, TINY) if shipped else (str(found), REAL)
-    prompts = ARITHMETIC if data is None else _jsonl(data)
+    prompts = ARITHMETIC if data is None else _data(data)
     folder.mkdir(parents=True, exist_ok=True)
     text = RECIPE.format(path=path, model=json.dumps(named), prompts=prompts, **scale)
     path.write_text(text, encoding="utf-8")
@@ -110,9 +115,10 @@ def init(folder: Path, model: str, data: Path | None) -> None:
     click.echo(f"{path}: read it, then: isentrope doctor {path} && isentrope run {path}")
 
 
-def _jsonl(data: Path) -> str:
-    """The prompts table for a file, with the columns that its first line has."""
-    columns = _columns(data)
+def _data(data: Path) -> str:
+    """The prompts table for a file, with the columns that its first row has."""
+    source = "parquet" if data.suffix == ".parquet" else "jsonl"
+    columns = _parquet_columns(data) if source == "parquet" else _columns(data)
     prompt = next((name for name in PROMPT_NAMES if name in columns), None)
     answer = next((name for name in ANSWER_NAMES if name in columns), None)
     if prompt is None or answer is None:
@@ -122,7 +128,23 @@ def _jsonl(data: Path) -> str:
             f"it has: {', '.join(columns)}"
         )
     quoted = (json.dumps(str(value)) for value in (data.resolve(), prompt, answer))
-    return JSONL.format(**dict(zip(("data", "prompt", "answer"), quoted, strict=True)))
+    return DATA.format(
+        source=source,
+        source_note=SOURCE_NOTES[source],
+        **dict(zip(("data", "prompt", "answer"), quoted, strict=True)),
+    )
+
+
+def _parquet_columns(data: Path) -> list[str]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise DataError("Parquet needs pyarrow: pip install 'isentrope[data]'") from None
+    try:
+        return list(pq.read_schema(data).names)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{data}: cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _columns(data: Path) -> list[str]:

@@ -30,7 +30,7 @@ ACTOR_BUDGET = 10
 LEARNER_BUDGET = 5
 REDIS_BUDGET = 20
 PICTURE_S = 0.5
-DRAIN_DEADLINE_S = 60.0  # for the learner's last checkpoint after SIGTERM
+DRAIN_DEADLINE_S = 300.0  # after SIGTERM: a large model's step, and its last checkpoint
 LEAVE_DEADLINE_S = 8.0  # for actors after the learner's end
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -210,6 +210,7 @@ class Supervisor:
         if self.stopped_by and (asked or late) and self.learner.process is not None:
             self.view.note("killed" if asked else f"no end after {DRAIN_DEADLINE_S:.0f} s: killed")
             self.learner.process.kill()
+            self._kill_at = None
 
     def _let_actors_leave(self, wake: socket.socket) -> None:
         """The learner's end told them to; those that stay too long are stopped afterwards."""

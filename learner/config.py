@@ -50,12 +50,6 @@ class PromptsConfig(Section, frozen=True, kw_only=True):
         need(gym or not self.options, f'options: source "{self.source}" takes none')
         self._check_grading()
 
-    @property
-    def reward(self) -> tuple[PartConfig, ...]:
-        """The parts of the reward; `grader` alone is one, named "correct"."""
-        one = PartConfig(name="correct", grader=self.grader, options=self.grader_options)
-        return self.parts or (one,)
-
     def _check_grading(self) -> None:
         need(
             not self.parts or (self.grader == "exact" and not self.grader_options),
@@ -64,9 +58,10 @@ class PromptsConfig(Section, frozen=True, kw_only=True):
         names = [part.name for part in self.parts]
         need(all(names), "parts: every part needs a name")
         need(len(set(names)) == len(names), f"parts: a name comes twice among {', '.join(names)}")
-        for part in self.reward:
+        graders = [(part.grader, part.options) for part in self.parts]
+        for grader, options in graders or [(self.grader, self.grader_options)]:
             try:
-                grading.check(part.grader, part.options)
+                grading.check(grader, options)
             except ConfigError as error:
                 raise ConfigError(f"{'parts' if self.parts else 'grader'}: {error}") from None
 

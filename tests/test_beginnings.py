@@ -42,6 +42,21 @@ def test_a_starter_recipe_for_own_data_finds_the_columns(tmp_path: Path) -> None
     assert prompts.path == str(data)
 
 
+def test_a_starter_recipe_for_a_parquet_file_names_its_source(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    data = tmp_path / "data.parquet"
+    pq.write_table(pa.table({"problem": ["1+1?"], "solution": ["2"]}), data)
+    assert start(str(tmp_path), "--data", str(data)).exit_code == 0
+    loaded = recipe.load(str(tmp_path / "recipe.toml"), {"learner": LearnerConfig})
+    prompts = msgspec.structs.asdict(loaded["learner"])["prompts"]
+    assert (prompts.source, prompts.prompt_column) == ("parquet", "problem")
+    data.write_text("no parquet")
+    refused = start(str(tmp_path / "other"), "--data", str(data)).exception
+    assert "cannot be read" in str(refused)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -56,10 +56,7 @@ class Prompts:
         self._max_prompt = max_prompt
         self._unfit: set[str] = set()  # problems that were passed over
         self._heldout: dict[int, list[Draft]] = {}
-        self._parts = tuple(
-            GradePart(name=p.name, grader=p.grader, weight=p.weight, options=p.options)
-            for p in config.reward
-        )
+        self._parts = _parts(config)
 
     def draw(self, cursor: int) -> Draft:
         """The first problem from `cursor` on of which a prompt can be made. Raises DataError when
@@ -120,3 +117,14 @@ class Prompts:
             f"the model's context leaves room for 1 to {self._max_prompt} tokens beside "
             "learner.max_tokens"
         )
+
+
+def _parts(config: PromptsConfig) -> tuple[GradePart, ...]:
+    """The parts of the reward; `grader` alone is one, named "correct"."""
+    if not config.parts:
+        only = GradePart(name="correct", grader=config.grader, options=config.grader_options)
+        return (only,)
+    return tuple(
+        GradePart(name=p.name, grader=p.grader, weight=p.weight, options=p.options)
+        for p in config.parts
+    )
