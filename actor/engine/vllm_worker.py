@@ -149,6 +149,7 @@ def _pack_tied(model: torch.nn.Module) -> None:
     itself is loaded. A head tied to the embedding never is: it would go on with the old copy.
     """
     seen: set[int] = set()
+    module: Any
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         if isinstance(method, UnquantizedEmbeddingMethod) and hasattr(module, "cpu_linear"):
