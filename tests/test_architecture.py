@@ -63,5 +63,12 @@ def test_nothing_is_pickled_and_no_remote_code_is_trusted() -> None:
 
 
 def test_the_scripts_can_be_run() -> None:
-    for name in ("scripts/demo", "scripts/test", "scripts/check", "scripts/bench", ".ci/run"):
+    for name in (
+        "scripts/demo",
+        "scripts/test",
+        "scripts/check",
+        "scripts/bench",
+        "scripts/experiment",
+        ".ci/run",
+    ):
         assert (TOP / name).stat().st_mode & 0o111, name
