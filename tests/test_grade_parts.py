@@ -14,7 +14,7 @@ from learner.batch import flatten, reward
 from learner.config import LearnerConfig, PromptsConfig
 from learner.item import Item
 from learner.prompts.source import Arithmetic
-from learner.prompts.stream import Prompts
+from learner.prompts.stream import Prompts, parts_of
 from tests.builders import make_group, make_rollout, make_ticket
 
 TWO = """
@@ -39,7 +39,7 @@ def prompts(folder: Path, text: str) -> PromptsConfig:
 
 
 def test_a_recipe_names_the_parts_of_the_reward_with_their_weights(tmp_path: Path) -> None:
-    parts = prompts(tmp_path, TWO).reward
+    parts = parts_of(prompts(tmp_path, TWO))
     assert [(p.name, p.grader, p.weight) for p in parts] == [
         ("correct", "exact", 1.0),
         ("format", "python:mine:tags", 0.25),
@@ -47,7 +47,7 @@ def test_a_recipe_names_the_parts_of_the_reward_with_their_weights(tmp_path: Pat
 
 
 def test_one_grader_is_one_part_named_correct(tmp_path: Path) -> None:
-    (part,) = prompts(tmp_path, '[learner.prompts]\ngrader = "numeric"\n').reward
+    (part,) = parts_of(prompts(tmp_path, '[learner.prompts]\ngrader = "numeric"\n'))
     assert (part.name, part.grader, part.weight) == ("correct", "numeric", 1.0)
 
 

@@ -56,7 +56,7 @@ class Prompts:
         self._max_prompt = max_prompt
         self._unfit: set[str] = set()  # problems that were passed over
         self._heldout: dict[int, list[Draft]] = {}
-        self._parts = _parts(config)
+        self._parts = parts_of(config)
 
     def draw(self, cursor: int) -> Draft:
         """The first problem from `cursor` on of which a prompt can be made. Raises DataError when
@@ -119,7 +119,7 @@ class Prompts:
         )
 
 
-def _parts(config: PromptsConfig) -> tuple[GradePart, ...]:
+def parts_of(config: PromptsConfig) -> tuple[GradePart, ...]:
     """The parts of the reward; `grader` alone is one, named "correct"."""
     if not config.parts:
         only = GradePart(name="correct", grader=config.grader, options=config.grader_options)
