@@ -34,12 +34,16 @@ class Line:
         keys: Keys | None = None,
         welcome_s: float = 10.0,
         silence_s: float = 5.0,
+        context: zmq.asyncio.Context | None = None,
     ) -> None:
+        """`context`: one that others use too (many actors in one process), closed by its owner; its
+        own otherwise."""
         self.endpoint, self.welcome_s, self.silence_s = endpoint, welcome_s, silence_s
         self.heartbeat_s, self.lease_s = 1.0, 30.0  # until the learner says otherwise
         self.malformed = 0
         self._codec, self._max_bytes, self._keys = Codec(FromLearner, max_bytes), max_bytes, keys
-        self._context = zmq.asyncio.Context()
+        self._shared = context is not None
+        self._context = context or zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket | None = None
         self._up = False
 
@@ -97,9 +101,11 @@ class Line:
             self._socket = None
 
     async def close(self) -> None:
-        """Waits at most `FLUSH_MS` for the last words to leave."""
+        """Waits at most `FLUSH_MS` for the last words to leave; those on a shared context leave
+        before its owner has closed it."""
         self.hang_up(FLUSH_MS)
-        await asyncio.to_thread(self._context.term)
+        if not self._shared:
+            await asyncio.to_thread(self._context.term)
 
     async def _next(self, socket: zmq.asyncio.Socket) -> FromLearner:
         while True:

@@ -33,6 +33,7 @@ import platform
 import signal
 
 import msgspec
+import zmq.asyncio
 
 from actor import episode, report, text
 from actor.config import ActorConfig
@@ -76,14 +77,23 @@ async def run(run: RunConfig, actor: ActorConfig, name: str) -> None:
         await engine.close()
 
 
-async def serve(run: RunConfig, actor: ActorConfig, name: str, engine: Engine, desk: Desk) -> None:
-    """The day itself, with an engine that is up."""
+async def serve(
+    run: RunConfig,
+    actor: ActorConfig,
+    name: str,
+    engine: Engine,
+    desk: Desk,
+    context: zmq.asyncio.Context | None = None,
+) -> None:
+    """The day itself, with an engine that is up. `context`: ZeroMQ's, where many actors share a
+    process."""
     decode = await asyncio.to_thread(text.load, models.find(run.model), engine.vocab_size)
     me = await asyncio.to_thread(_introduction, run, actor, name)
     async with contextlib.AsyncExitStack() as stack:
         pool = Pool(actor.grade_workers, actor.grade_timeout_s)
         stack.push_async_callback(pool.close)
-        line = Line(run.learner, run.max_frame_mb << 20, keys.read(run.keys))
+        max_bytes = run.max_frame_mb << 20
+        line = Line(run.learner, max_bytes, keys.read(run.keys), context=context)
         stack.push_async_callback(line.close)
         fetcher = Fetcher(run, engine, actor.poll_s)
         stack.callback(fetcher.close)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import zmq.asyncio
 
 from actor.config import ScriptedConfig
 from actor.engine.scripted import ScriptedEngine
@@ -380,3 +381,21 @@ async def test_a_learner_that_does_not_answer_a_hello_is_tried_again(stage: Stag
     await stage.learner.receive(Hello)
     assert stage.learner.peer != first
     await line.close()
+
+
+async def test_many_lines_share_one_context_and_their_last_words_arrive(stage: Stage) -> None:
+    context = zmq.asyncio.Context()
+    endpoint, learner = stage.learner.endpoint, stage.learner
+    lines = [Line(endpoint, 1 << 20, context=context) for _ in range(20)]
+    for line in lines:
+        greeting = asyncio.create_task(
+            line.greet(Hello(protocol=wire.PROTOCOL, digest="", actor="bob", capacity=1))
+        )
+        await learner.welcome()
+        await greeting
+    for line in lines:
+        await line.send(Bye(run=RUN, incarnation=1))
+        await line.close()
+    await asyncio.to_thread(context.term)
+    for _ in lines:
+        await learner.receive(Bye)

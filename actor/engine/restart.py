@@ -20,16 +20,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
 from typing import NamedTuple
 
 import numpy as np
 
 from actor.engine.base import Engine, EngineStats, Sample
+from actor.engine.start import CLOSE_S, close, made
 from common.errors import EngineAway, EngineError, IsentropeError
 from common.versions import Weights
 from common.wire import Sampling
@@ -37,7 +36,6 @@ from common.wire import Sampling
 log = logging.getLogger(__name__)
 
 FAILURES = 3  # calls in a row: the engine is broken, whatever it says
-CLOSE_S = 10.0  # for an engine to give back what it has
 WITHIN_S = 3600.0  # restarts are counted over this time
 BACK_OFF_S = 0.5  # more before each restart of that time
 
@@ -75,7 +73,7 @@ class RestartingEngine:
 
     async def start(self) -> None:
         """The first engine. Raises what `make` raises, and EngineError past the deadline."""
-        self._serve(await _made(self._make, self._start_s))
+        self._serve(await made(self._make, self._start_s))
 
     async def generate(
         self,
@@ -156,7 +154,7 @@ class RestartingEngine:
             self._settled.clear()
         life.breaks(why)
         self._past = self._past.plus(life.engine.stats())
-        await _close(life.engine, self._close_s)
+        await close(life.engine, self._close_s)
 
     async def _replace(self, why: str) -> None:
         """Raises EngineError: the restarts are spent."""
@@ -165,7 +163,7 @@ class RestartingEngine:
             await asyncio.sleep(BACK_OFF_S * (len(self._tried) - 1))
             began = time.monotonic()
             try:
-                engine = await _made(self._make, self._start_s)
+                engine = await made(self._make, self._start_s)
                 await self._reload(engine)
             except IsentropeError as error:
                 log.error("the engine did not start again: %s", error)
@@ -197,10 +195,10 @@ class RestartingEngine:
                 async with asyncio.timeout(self._start_s):
                     await engine.update_weights(self._weights)
         except TimeoutError:
-            await _close(engine, self._close_s)
+            await close(engine, self._close_s)
             raise EngineError(f"it did not take its weights within {self._start_s:g} s") from None
         except (IsentropeError, asyncio.CancelledError):
-            await _close(engine, self._close_s)
+            await close(engine, self._close_s)
             raise
 
     def _end(self, why: str) -> None:
@@ -268,57 +266,3 @@ async def _broken(life: _Life) -> str:
     except EngineError as error:
         return str(error)
     return "it watches itself no longer"
-
-
-async def _made(make: Callable[[], Engine], within_s: float) -> Engine:
-    """Make an engine in a thread of its own, while this loop goes on.
-
-    The thread is nobody's hostage: it dies with the process, and closes an engine that comes too
-    late. Raises what `make` raises; EngineError past the deadline, or for want of memory.
-    """
-    coming: Future[Engine] = Future()
-    threading.Thread(target=_fulfil, args=(coming, make), name="engine", daemon=True).start()
-    limit = asyncio.timeout(within_s)
-    try:
-        async with limit:
-            return await asyncio.wrap_future(coming)
-    except IsentropeError:
-        raise
-    except TimeoutError:
-        if limit.expired():
-            await _give_up(coming)
-            raise EngineError(
-                f"the engine was not up within {within_s:g} s (actor.engine_start_s)"
-            ) from None
-        raise
-    except (MemoryError, OSError, RuntimeError) as error:
-        raise EngineError(f"the engine did not start: {type(error).__name__}: {error}") from error
-    except asyncio.CancelledError:
-        await _give_up(coming)
-        raise
-
-
-def _fulfil(coming: Future[Engine], make: Callable[[], Engine]) -> None:
-    try:
-        engine = make()
-    except BaseException as error:  # noqa: BLE001  it belongs to whoever waits
-        with contextlib.suppress(InvalidStateError):
-            coming.set_exception(error)
-        return
-    try:
-        coming.set_result(engine)
-    except InvalidStateError:  # nobody waits any more
-        asyncio.run(_close(engine))
-
-
-async def _give_up(coming: Future[Engine]) -> None:
-    if not coming.cancel() and not coming.cancelled() and coming.exception() is None:
-        await _close(coming.result())
-
-
-async def _close(engine: Engine, within_s: float = CLOSE_S) -> None:
-    try:
-        async with asyncio.timeout(within_s):
-            await engine.close()
-    except TimeoutError:
-        log.error("the engine did not close within %g s and is left behind", within_s)
