@@ -10,7 +10,7 @@ import pytest
 from actor.config import ActorConfig
 from actor.engine import vllm_process
 from actor.engine.vllm_args import KV_CACHE_BYTES_ON_CPU, PROTECTED, VllmArgs, on_device, vet
-from actor.engine.vllm_model import limits
+from actor.engine.vllm_model import kv_bytes, limits
 from common import models, vllm_version
 from common.errors import ConfigError, DataError
 
@@ -86,6 +86,8 @@ def test_our_own_settings_are_checked_and_not_passed_on() -> None:
 
 def test_on_a_cpu_it_runs_eagerly_with_a_small_cache_unless_told_otherwise() -> None:
     assert on_device(args(), "cpu", "auto")["kv_cache_memory_bytes"] == KV_CACHE_BYTES_ON_CPU
+    assert on_device(args(), "cpu", "auto", 1 << 40)["kv_cache_memory_bytes"] == (1 << 30)
+    assert on_device(args(), "cpu", "auto", 4096)["kv_cache_memory_bytes"] == 4096
     assert on_device(args(), "cpu", "cpu")["enforce_eager"] is True
     given = {"kv_cache_memory_bytes": 1 << 20, "enforce_eager": False}
     assert given.items() <= on_device(args(given), "cpu", "auto").items()
@@ -118,6 +120,11 @@ def test_the_model_says_how_many_words_and_positions_it_has() -> None:
     assert limits(folder, 60) == (32, 60)
     with pytest.raises(DataError, match=r"actor\.max_length = 129, but the model has 128"):
         limits(folder, 129)
+
+
+def test_the_cache_that_full_slots_need_is_known() -> None:
+    per_token = 2 * 4 * 4 * 32 * 4  # keys and values, layers, heads, width, bytes
+    assert kv_bytes(models.find("tiny"), 10, 128, 4) == (10 + 8) * 128 * per_token
 
 
 def test_a_folder_without_a_usable_config_gets_one_line(tmp_path: Path) -> None:

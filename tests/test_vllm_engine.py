@@ -45,7 +45,7 @@ LAYER = "model.layers.1."
 
 
 def opened(slots: int = SLOTS, **fields: Any) -> VllmEngine:
-    fields = {"engine_start_s": 600.0, **fields}
+    fields = {"engine_start_s": 600.0, "vllm": {"kv_cache_memory_bytes": 128 << 20}, **fields}
     engine = make(RunConfig(), ActorConfig(engine="vllm", slots=slots, **fields))
     assert isinstance(engine, VllmEngine)
     return engine

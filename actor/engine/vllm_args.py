@@ -20,7 +20,7 @@ from common.errors import ConfigError
 
 TRANSFERS = ("spool", "nccl")  # ways of new weights into vLLM's workers
 OWN = ("weight_transfer", "verbose")  # settings of [actor.vllm] that are not vLLM's
-KV_CACHE_BYTES_ON_CPU = 1 << 30
+KV_CACHE_BYTES_ON_CPU = 1 << 30  # at most, unless asked for
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 _TOKENS = "the learner renders and tokenises; the engine sees token ids only"
@@ -90,10 +90,11 @@ def vet(actor: ActorConfig, names: Collection[str] | None = None) -> VllmArgs:
     return VllmArgs(_ours(actor) | given, transfer, verbose)
 
 
-def on_device(args: VllmArgs, device: str, wanted: str) -> dict[str, Any]:
+def on_device(args: VllmArgs, device: str, wanted: str, kv_bytes: int = 0) -> dict[str, Any]:
     """The arguments for the device that the installed vLLM was built for ("cpu", "cuda", …).
 
-    Raises ConfigError when `[actor]` asks for another one.
+    `kv_bytes`: all that `slots` full sequences could use; 0 when nobody knows. Raises ConfigError
+    when `[actor]` asks for another device.
     """
     if wanted not in ("auto", device) and not wanted.startswith(f"{device}:"):
         raise ConfigError(
@@ -106,7 +107,8 @@ def on_device(args: VllmArgs, device: str, wanted: str) -> dict[str, Any]:
             'actor.vllm.weight_transfer = "nccl" needs GPUs, and vLLM computes on the CPU here: '
             'set "spool"'
         )
-    defaults = {"enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE_BYTES_ON_CPU}
+    cache = min(kv_bytes or KV_CACHE_BYTES_ON_CPU, KV_CACHE_BYTES_ON_CPU)
+    defaults = {"enforce_eager": True, "kv_cache_memory_bytes": cache}
     return defaults | args.engine
 
 

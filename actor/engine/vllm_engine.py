@@ -30,7 +30,7 @@ from actor.engine import noise, vllm_args, vllm_process
 from actor.engine.base import EngineStats, Sample
 from actor.engine.request import check, empty_sample
 from actor.engine.vllm_host import Host
-from actor.engine.vllm_model import limits
+from actor.engine.vllm_model import kv_bytes, limits
 from actor.engine.vllm_request import Rollout, salt
 from actor.engine.vllm_stats import Statistics
 from actor.engine.vllm_transfer import Transfer
@@ -52,7 +52,8 @@ class VllmEngine:
         self._hang_s = actor.engine_hang_s
         self._down = asyncio.Event()
         self._transfer = Transfer(folder, self._hang_s, self._down)
-        self._host = Host(folder, args, device=actor.device, threads=actor.threads)
+        cache = kv_bytes(folder, actor.slots, self.max_length, 2 if actor.dtype == "bf16" else 4)
+        self._host = Host(folder, args, device=actor.device, threads=actor.threads, kv_bytes=cache)
         self._statistics = Statistics()
         self._alive: set[Rollout] = set()
         self._version, self._salt = 0, ""

@@ -41,10 +41,12 @@ _QUIET = {
 class Host:
     """One vLLM engine; `llm` once it is up."""
 
-    def __init__(self, model: Path, args: VllmArgs, *, device: str, threads: int) -> None:
+    def __init__(
+        self, model: Path, args: VllmArgs, *, device: str, threads: int, kv_bytes: int
+    ) -> None:
         self.llm: Any = None
         self._model, self._args = model, args
-        self._device, self._threads = device, threads
+        self._device, self._threads, self._kv_bytes = device, threads, kv_bytes
         self._folder = Path(tempfile.mkdtemp(prefix="isentrope-vllm-"))
         self._roots: list[BaseProcess] = []
         self._others: set[int | None] = set()
@@ -144,7 +146,8 @@ class Host:
 
         if self._leave.is_set():
             raise EngineError("the engine is closed")
-        args = on_device(self._args, current_platform.device_type, self._device)
+        device = current_platform.device_type
+        args = on_device(self._args, device, self._device, self._kv_bytes)
         transfer = WeightTransferConfig(backend=BACKENDS[self._args.transfer])
         with _environment(_threads(self._threads, cpu=current_platform.is_cpu())):
             try:
