@@ -1,0 +1,142 @@
+"""What a method costs: the CPU time of a step with it over that of a step with the same passes.
+
+    overhead_NAME      step with the method / step without it; methods that look at the token table
+                       are compared with a step that makes the table and does nothing with it
+    price_of_the_table step with the table / step without: one more forward pass
+
+Every method in its recipe's form, on one model and one batch: 24 groups of 8 answers on the shipped
+tiny model, AEPO with aux groups in both steps. CPU time of the process, one thread; a round takes
+every step once, in an order that turns; medians of the ratios within a round.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, get_args
+
+LIMIT = 1.05
+NAMES = [
+    *("adaptive_entropy", "adora", "aepo", "clip_b", "clip_cov", "clip_v", "entropy_advantage"),
+    *("entropy_bonus", "isentropic", "kl_cov", "random_drop", "steer", "top_entropy"),
+]
+LIMITS = {f"overhead_{name}": ("<=", LIMIT) for name in NAMES}
+ROUNDS, GROUPS, GROUP_SIZE, PROMPT, ANSWER, AUX = 9, 24, 8, 10, 40, 2
+
+Step = Callable[[], object]
+
+
+def bench(rounds: int = ROUNDS, groups: int = GROUPS) -> dict[str, object]:
+    steps, beside = _steps(groups)
+    for step in steps.values():
+        step()  # warm
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for turn in range(rounds):
+        for name in names[turn:] + names[:turn]:
+            seconds[name].append(_cpu(steps[name]))
+    overhead = {f"overhead_{n}": _ratio(seconds[n], seconds[beside[n]]) for n in sorted(beside)}
+    return {
+        **overhead,
+        "price_of_the_table": _ratio(seconds["table"], seconds["plain"]),
+        "step_cpu_s": statistics.median(seconds["plain"]),
+    }
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def _cpu(step: Step) -> float:
+    began = time.process_time()
+    step()
+    return time.process_time() - began
+
+
+def _steps(groups: int) -> tuple[dict[str, Step], dict[str, str]]:
+    """Every step by name, and the step beside which each method stands."""
+    import torch
+
+    from common import recipe
+    from common.config import RunConfig
+    from learner.config import LearnerConfig
+    from learner.methods import AnyMethod
+    from learner.methods.base import Method
+    from learner.state import make_state
+    from learner.step import train_step
+
+    class Looks(Method, frozen=True, kw_only=True, tag="looks"):
+        """Wants the table and does nothing with it."""
+
+        needs_table: ClassVar[bool] = True
+
+    known = sorted(str(kind.__struct_config__.tag) for kind in get_args(AnyMethod))
+    assert known == NAMES, f"NAMES lacks, or has too much: {set(known) ^ set(NAMES)}"
+    base: dict[str, Any] = {"threads": 1, "realised_every": 0, "lr": 1e-6, "warmup_steps": 0}
+    plain = LearnerConfig(**base)
+    run = RunConfig(model="tiny")
+    items, aux = _items(groups, run.seed), _items(AUX, run.seed + 1, "aux")
+    torch.set_num_threads(1)
+
+    def step_of(config: LearnerConfig, batch: list[Any]) -> Step:
+        state = make_state(run, config)
+        return lambda: train_step(state, batch, config)
+
+    def with_(*methods: Method, like: LearnerConfig = plain) -> LearnerConfig:
+        import msgspec
+
+        return msgspec.structs.replace(like, methods=methods)
+
+    steps = {
+        "plain": step_of(plain, items),
+        "table": step_of(with_(Looks()), items),
+        "plain_aux": step_of(plain, items + aux),
+    }
+    beside = {}
+    for name in NAMES:
+        theirs = recipe.load(name, {"learner": LearnerConfig})["learner"]
+        assert isinstance(theirs, LearnerConfig)
+        (method,) = (m for m in theirs.methods if m.name == name)
+        like = (
+            plain
+            if theirs.clip_low is not None
+            else LearnerConfig(**base, clip_low=None, clip_high=None)
+        )
+        steps[name] = step_of(with_(method, like=like), items + aux if name == "aepo" else items)
+        beside[name] = "plain_aux" if name == "aepo" else "table" if method.needs_table else "plain"
+    return steps, beside
+
+
+def _items(groups: int, seed: int, kind: Any = "main") -> list[Any]:
+    import numpy as np
+
+    from common import wire
+    from learner.item import Item
+
+    rng = np.random.default_rng(seed)
+
+    def tokens(n: int) -> np.ndarray:
+        return rng.integers(3, 16, n, np.int32)
+
+    def rollout(correct: float) -> wire.Rollout:
+        size = int(rng.integers(ANSWER // 2, ANSWER))
+        logps = (-1.5 * rng.random(size)).astype(np.float32)
+        segment = wire.Segment(role="policy", tokens=tokens(size), logps=logps, spans=((0, 0),))
+        return wire.Rollout(segments=(segment,), finish="stop", correct=correct)
+
+    first, items = (10_000 if kind == "aux" else 0), []
+    for i in range(first, first + groups):
+        ticket = wire.Ticket(
+            id=i,
+            kind=kind,
+            problem=str(i),
+            prompt=tokens(PROMPT),
+            n=GROUP_SIZE,
+            sampling=wire.Sampling(max_tokens=ANSWER),
+            grading=wire.Grading(),
+        )
+        rollouts = tuple(rollout(float(k % 3 == 0)) for k in range(GROUP_SIZE))
+        group = wire.Group(ticket=i, attempt=0, kind=kind, problem=str(i), rollouts=rollouts)
+        items.append(Item(ticket, group))
+    return items
