@@ -324,7 +324,9 @@ async def test_a_version_that_does_not_fit_is_refused_and_the_old_one_is_served(
 async def test_half_precision_is_taken_and_a_swap_outlives_who_asked_for_it(
     engine: VllmEngine,
 ) -> None:
-    model = net(62).to(torch.bfloat16).to(torch.float32)
+    model = net(62)
+    for parameter in model.parameters():  # not its buffers: positions stay exact
+        parameter.copy_(parameter.to(torch.bfloat16).to(torch.float32))
     tensors = [
         Tensor(name, "BF16", tuple(value.shape), memoryview(value.numpy()).cast("B"))
         for name, value in (
