@@ -207,6 +207,9 @@ def labels(runs: Sequence[Run]) -> list[str]:
     flat = [_flat(run.recipe) for run in runs]
     kinds = [_kind(run) for run in runs]
     differing = _differing(flat)
+    trained = [path for path in differing if not path.startswith(BESIDE)]
+    if trained or len(set(kinds)) > 1:
+        differing = trained
     short = _short(differing)
     named = []
     for run, values, kind in zip(runs, flat, kinds, strict=True):
@@ -251,7 +254,7 @@ def _differing(flat: Sequence[Mapping[str, Any]]) -> list[str]:
         everywhere = len(having) == len(flat) or path.startswith("learner.methods.")
         if everywhere and any(value != having[0] for value in having):
             found.append(path)
-    return [path for path in found if not path.startswith(BESIDE)] or found
+    return found
 
 
 def _short(paths: Sequence[str]) -> dict[str, str]:

@@ -124,6 +124,14 @@ def test_runs_are_named_by_what_differs_between_their_recipes(tmp_path: Path) ->
     assert names(grpo, steer, released) == ["grpo", "steer, form theorem", "steer, form released"]
 
 
+def test_how_a_run_was_looked_at_names_it_only_where_nothing_else_does(tmp_path: Path) -> None:
+    often = a_run(tmp_path / "often", "realised_every = 1\nmethods = []")
+    seldom = a_run(tmp_path / "seldom", "realised_every = 9\nmethods = []")
+    steer = a_run(tmp_path / "steer", 'realised_every = 9\nmethods = [{type = "steer"}]')
+    assert names(often, steer) == ["grpo", "steer"]
+    assert names(often, seldom) == ["realised_every 1", "realised_every 9"]
+
+
 def test_runs_of_one_recipe_are_named_by_seed_or_folder(tmp_path: Path) -> None:
     runs = [a_run(tmp_path / f"r{seed}", seed=seed) for seed in (0, 1)]
     assert names(*runs) == ["seed 0", "seed 1"]

@@ -153,6 +153,7 @@ def test_a_failed_cell_is_named_and_a_finished_one_is_skipped(tmp_path: Path) ->
     assert "/nowhere.jsonl" in first.stderr
     table = json.loads(first.stdout.splitlines()[-1])
     assert list(table["failed"]) == ["bad seed 0"]
+    assert [cell["name"] for cell in table["cells"]] == ["grpo", "steer", "bad"]
     grpo = table["cells"][0]
     assert grpo["mean"]["accuracy"] is not None
     assert 0 <= grpo["mean"]["pass_any"] <= 1
