@@ -99,6 +99,8 @@ def test_a_device_that_the_installed_vllm_has_not_is_refused() -> None:
         on_device(args(), "cpu", "cuda")
     with pytest.raises(ConfigError, match='"nccl" needs GPUs'):
         on_device(args({"weight_transfer": "nccl"}), "cpu", "auto")
+    with pytest.raises(ConfigError, match="needs a learner that sends by NCCL"):
+        on_device(args({"weight_transfer": "nccl"}), "cuda", "auto")
 
 
 @pytest.mark.skipif(vllm_version.wrong() is None, reason="vLLM is installed here")

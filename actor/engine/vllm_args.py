@@ -100,13 +100,16 @@ def on_device(args: VllmArgs, device: str, wanted: str, kv_bytes: int = 0) -> di
         raise ConfigError(
             f'actor.device = "{wanted}", but the installed vLLM computes on {device}: set "auto"'
         )
-    if device != "cpu":
-        return args.engine
     if args.transfer == "nccl":
         raise ConfigError(
             'actor.vllm.weight_transfer = "nccl" needs GPUs, and vLLM computes on the CPU here: '
             'set "spool"'
+            if device == "cpu"
+            else 'actor.vllm.weight_transfer = "nccl" needs a learner that sends by NCCL, and this '
+            'one publishes to a store: set "spool"'
         )
+    if device != "cpu":
+        return args.engine
     cache = min(kv_bytes or KV_CACHE_BYTES_ON_CPU, KV_CACHE_BYTES_ON_CPU)
     defaults = {"enforce_eager": True, "kv_cache_memory_bytes": cache}
     return defaults | args.engine
