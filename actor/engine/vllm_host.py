@@ -27,7 +27,8 @@ from actor.engine.vllm_args import VllmArgs, on_device
 from common.errors import ConfigError, EngineError, IsentropeError
 
 _GRACE_S = 5.0  # for the kernel to end a process that is killed
-_LOOK_S = 0.1  # how often a start that is to end is looked at
+_LOOK_S = 0.1  # how often a start that is to end, or an end, is looked at
+_LOOKS = 5  # at an end, for its reason
 _SHARED_MEMORY = Path("/dev/shm")
 _NAMES = ("EngineCore", "VLLM_DP_Coordinator")  # of the processes that vLLM starts here
 _QUIET = {
@@ -95,9 +96,11 @@ class Host:
                 loop.remove_reader(fd)
                 os.close(fd)
         for root in self._roots:
-            root.join(0)
-            if root.exitcode is not None and root.exitcode < 0:
-                return f"{root.name} was killed by signal {-root.exitcode}"
+            for _ in range(_LOOKS):  # vLLM's own thread may be the one that learns how it ended
+                await asyncio.to_thread(root.join, _LOOK_S)
+                if root.exitcode is not None and root.exitcode < 0:
+                    return f"{root.name} was killed by signal {-root.exitcode}"
+                await asyncio.sleep(_LOOK_S)
         return "one of its processes ended"
 
     def close(self) -> None:
