@@ -122,7 +122,9 @@ def flatten(items: Sequence[Item], version: int) -> Batch:
         token_starts=_starts(row_tokens),
         at=position - 1,
         target=flat_ids[kept],
-        static=_static(order, rows, parts, kept, row, position, np.maximum(0, version - versions)),
+        static=_static(
+            order, rows, parts, flat_ids, kept, row, position, np.maximum(0, version - versions)
+        ),
     )
 
 
@@ -171,6 +173,7 @@ def _static(
     items: Sequence[Item],
     rows: Sequence[tuple[int, int]],
     parts: Sequence[_Row],
+    ids: np.ndarray,
     kept: np.ndarray,
     row: np.ndarray,
     position: np.ndarray,
@@ -192,6 +195,7 @@ def _static(
         ticket=torch.from_numpy(np.array([item.ticket.id for item in items], np.int64)[group]),
         rollout=torch.from_numpy(np.array([i for _, i in rows], np.int64)[row]),
         position=torch.from_numpy(position),
+        token=torch.from_numpy(ids[kept]),
     )
 
 

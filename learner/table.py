@@ -31,6 +31,7 @@ class Static:
     ticket: Tensor  # int64
     rollout: Tensor  # int64: its number within the group
     position: Tensor  # int64: within prompt + response
+    token: Tensor  # int64: its id
 
     def take(self, index: Tensor | slice) -> Self:
         """The lines that `index` names."""
@@ -113,7 +114,7 @@ class Table(Static):
         name = int.from_bytes(digest, "little", signed=True)
         h = torch.zeros_like(self.ticket)
         for part in (*self.when, name, self.ticket, self.rollout, self.position):
-            h = _mix(h ^ part)
+            h = mix(h ^ part)
         return h
 
     def draw(self, method: str, n: int, among: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ class Table(Static):
         return chosen
 
 
-def _mix(x: Tensor) -> Tensor:
+def mix(x: Tensor) -> Tensor:
     """splitmix64 (Steele, Lea, Flood 2014) in wrapping int64; masks make `>>` logical."""
     x = x + -0x61C8864680B583EB
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47

@@ -56,7 +56,7 @@ def make_table(
     lp = logp if lp is None else column(lp)
     lines = torch.arange(size)
     whole = {"row": lines, "group": lines // 4, "ticket": lines // 4, "rollout": lines % 4}
-    whole |= {"position": lines, "lag": torch.zeros_like(lines)}
+    whole |= {"position": lines, "lag": torch.zeros_like(lines), "token": lines}
     static = Static(
         lb=lp if lb is None else column(lb),
         advantage=column(advantage),

@@ -1,27 +1,36 @@
 """Isentropic: hold the entropy at a target by balancing what raises it and what lowers it.
 
-First-order theory gives every token's contribution to the next change of entropy (measure.py),
+What is held is the mean entropy of the tokens trained on, the one that is logged as `entropy`: the
+policy's own, over the whole vocabulary, at the answers of the groups that have something to teach.
 
-    dH_i = η c_i (S_i - N_i)        up = Σ of the positive ones, down = -Σ of the negative ones
+A token's update moves it in two ways. It moves the token's own distribution (measure.py), and it
+makes the choice more or less frequent, and with it what follows (prefixes.py): a habit of long,
+sure answers takes entropy away although no distribution need change. To first order
 
-and OPEFO's balance makes them cancel: raising tokens weigh 1 + λ, lowering ones 1 - λ, with
-λ = (down - up) / (up + down). Here the balance is not 0 but what a controller wants:
+    dH_i = η c_i (S_i - N_i - q_i F_i)     F: entropy ahead of the choice, against the others'
+    up = Σ of the positive ones, down = -Σ of the negative ones
 
-    λ = clip((ΔH* + down - up) / (up + down), ±lambda_max)
+OPEFO's balance makes both cancel: raising tokens weigh 1 + λ, lowering ones 1 - λ, with
+λ = (down - up) / (up + down). Here the sum is not to be 0 but ΔH*, what a controller wants, and
+three means supply it, the one that costs the least reward first, each bounded:
 
-λ near 1 silences half of what was learned, so it is bounded, and what it cannot supply comes from
-an entropy bonus b, bounded too. Its first-order push needs no further statistic: a bonus moves a
-token's entropy by η b Σ_v S_v², of which q (H + ln q)² is an unbiased estimate from the token
-sampled.
+    price    of entropy, p: a choice's advantage A becomes A + p F.  Push: η p q F²
+    weights  λ = clip((ΔH* + down - up - price's push) / (up + down), ±lambda_max)
+    bonus    b on every token's own entropy.  Push: η b Σ_v S_v², of which q (H + ln q)² is an
+             unbiased estimate from the token sampled
 
-The controller wants a change a step of p_gain · e + ∫, e = target - H, the integral i_gain · Σ e
-at rest while the answer is saturated or the target far away. Adam and shared weights rescale
-predictions, so the gain g between predicted and realised change, and the drift a that no prediction
-explains, are fitted as the run goes (calibrate.py): ΔH* = (p_gain · e + ∫ - a) / g.
+The price leaves alone what is learned within an answer, a λ near 1 silences half of it, and a bonus
+makes sure tokens unsure.
+
+The controller wants a change a step of p_gain · e + ∫, e = target - H as it is heading, the
+integral i_gain · Σ e at rest while the answer is saturated or the target far away. Adam and shared
+weights rescale predictions, so they are taken as a share of both flows, and what a share is worth,
+and the drift that no prediction explains, are fitted as the run goes (calibrate.py).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
@@ -30,25 +39,39 @@ import msgspec
 from common.config import NaturalInt, NotNegative, Positive, need
 from common.errors import ConfigError
 from learner.methods.base import Governed, Method, State, finite, refuse_above
-from learner.methods.calibrate import REACH, Gain
+from learner.methods.calibrate import Gain
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from learner.table import Table
 
-_NEAR = 0.2  # error, as a share of the target, within which it is integrated
+_NEAR = 0.3  # error, as a share of the target, within which it is integrated
 _LEAK = 0.95  # of the integral, a step, while there is nothing to do
+_FAR = 0.3  # … and to which a larger one is cut: haste overshoots, and down is slower than up
+_SMOOTH = 0.5  # weight of the past in the entropy whose slope says where it is heading
+_BEND = 3.0  # a price changes no advantage by more than so many times itself
 
 
 class Flows(NamedTuple):
     """Per unit of learning rate, as a mean per token."""
 
-    raises: Tensor  # bool [T]: weights may tilt it
-    lowers: Tensor  # bool [T]: the same
-    both: float  # size of what may be tilted
-    up: float  # of all tokens
+    change: Tensor  # float64 [T]: of each token, 0 where it does not count
+    up: float
     down: float
+
+    @property
+    def both(self) -> float:
+        return self.up + self.down
+
+
+class Answer(NamedTuple):
+    """How much of each means, and the wanted change that none of them supplies."""
+
+    price: float
+    tilt: float
+    bonus: float
+    left: float
 
 
 class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
@@ -57,17 +80,10 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         floor     to fall below the target. Above it (and a brake zone) this is plain GRPO; the
                   answer only ever raises entropy (λ >= 0)
         hold      to leave the target, either way
-        ceiling   to rise above it: the mirror image of floor, without a bonus
+        ceiling   to rise above it: the mirror image of floor, by weights alone
 
-    `allocation`: where the bonus goes; every choice is 1 on average
-
-        uniform   everywhere
-        quiet     where the advantage says little: exp(-|A| / mean |A|)
-        open      where the policy is undecided: H / mean H
-        early     at the beginning of answers: falls to e^-2 of it towards their end
-
-    The preset "opefo" is OPEFO (entropy-flow balance) alone: ΔH* = 0 and no other knob.
-    lambda_max = 0 without a bonus is exactly GRPO; zero error is not: it is the balanced flow.
+    The preset "opefo" is OPEFO (entropy-flow balance) alone: ΔH* = 0, F left out, no other knob.
+    With all three bounds 0 it is exactly GRPO; zero error is not: it is the balanced flow.
     """
 
     needs_table: ClassVar[bool] = True
@@ -77,13 +93,13 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
     mode: Literal["floor", "hold", "ceiling"] = "floor"
     preset: Literal["opefo"] | None = None
     changes: tuple[tuple[NaturalInt, Positive], ...] = ()  # (step, target from that step on)
+    price_max: NotNegative = 3.0
     lambda_max: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     bonus_max: NotNegative = 1.0
-    tilted: Literal["all", "good"] = "all"  # the tokens that λ weighs; good: those with A > 0
-    allocation: Literal["uniform", "quiet", "open", "early"] = "quiet"
-    p_gain: Positive = 0.08  # share of the error to close in a step
-    i_gain: NotNegative = 0.001
-    brake: NotNegative = 0.5  # floor, ceiling: share of the target before it where λ may brake
+    p_gain: Positive = 0.1  # share of the error to close in a step
+    i_gain: NotNegative = 0.004
+    lead: NotNegative = 3.0  # steps that the entropy's course is drawn on before it is judged
+    brake: NotNegative = 1.0  # floor, ceiling: share of the target before it where it may brake
 
     def check(self) -> None:
         steps = [step for step, _ in self.changes]
@@ -99,7 +115,7 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
 
     @property
     def neutral(self) -> bool:
-        return self.preset is None and self.lambda_max == 0 and self.bonus_max == 0
+        return self.preset is None and not (self.price_max or self.lambda_max or self.bonus_max)
 
     # ---- every update ------------------------------------------------------------------------
 
@@ -107,17 +123,22 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         assert table is not None
         assert c is not None
         change = finite(self, "dH", c * (table.S - table.N), table.main, table)
-        which = table.main if self.tilted == "all" else table.advantage > 0
-        flows, entropy = _flows(change, which), _mean(table.H, table)
+        entropy = _mean(table.H, table)
         target = self.target_at(table.when[1]) * self._unit(state, entropy)
-        error = target - entropy
-        numbers = {"target": target, "error": error, "up": flows.up, "down": flows.down}
-        if self.preset == "opefo" and flows.both > 0:
-            balance = (flows.down - flows.up) / flows.both
-            return Governed(_weight(flows, balance), numbers=numbers | {"lambda": balance})
-        if flows.up + flows.down == 0 or self._is_idle(error / target):
+        numbers = {"target": target, "error": target - entropy}
+        if self.preset == "opefo":
+            return _balanced(_flows(change), numbers)
+        ahead = self._ahead(table)
+        led = (c * -table.logp.exp() * ahead).masked_fill(~table.main, 0.0)
+        flows = _flows(change + led)
+        numbers |= {"up": flows.up, "down": flows.down, "paths": float(led.double().sum())}
+        heading = target - self._heading(state, entropy)
+        if flows.both == 0 or self._is_idle(heading / target):
             return Governed(numbers=numbers | {"lambda": 0.0, "saturated": 0.0, "active": 0.0})
-        return self._answer(table, flows, self._wanted(error, flows, entropy, state), numbers)
+        wanted = self._wanted(
+            min(max(heading, -_FAR * target), _FAR * target), flows, entropy, state
+        )
+        return self._answer(table, c, ahead, flows, numbers | {"wanted": wanted})
 
     def target_at(self, step: int) -> float:
         """In the method's unit."""
@@ -128,6 +149,18 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
             return 1.0
         return float(entropy if state["start"] is None else state["start"])
 
+    def _heading(self, state: State, entropy: float) -> float:
+        """The entropy, `lead` steps from here."""
+        if state["smooth"] is None:
+            return entropy
+        return entropy + self.lead * (_smooth(state, entropy) - float(state["smooth"]))
+
+    @staticmethod
+    def _ahead(table: Table) -> Tensor:
+        from learner.methods.prefixes import entropy_ahead
+
+        return entropy_ahead(table).to(table.H.dtype)
+
     def _is_idle(self, error: float) -> bool:
         """`error`: as a share of the target, negative above it."""
         if self.mode == "floor":
@@ -136,82 +169,79 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
 
     def _wanted(self, error: float, flows: Flows, entropy: float, state: State) -> float:
         """ΔH* of one update per unit of learning rate: what the predictions shall add up to."""
-        change = self.p_gain * error + state["integral"]
         gain = Gain.of(state["gain"])
-        if gain is None:  # nothing seen yet: what both flows together do is a guess
-            flow = flows.up + flows.down
-            return change * flow / (REACH * entropy) if entropy > 0 else 0.0
-        return float((change - gain.drift) / (gain.slope * state["rate"]))
+        change = self.p_gain * error + state["integral"] - gain.drift * entropy
+        return float(change / gain.slope * flows.both / entropy) if entropy > 0 else 0.0
 
     def _answer(
-        self, table: Table, flows: Flows, wanted: float, numbers: dict[str, float]
+        self, table: Table, c: Tensor, ahead: Tensor, flows: Flows, numbers: dict[str, float]
     ) -> Governed:
+        moves = table.main & (c != 0)  # what a clip stops, a price cannot move either
+        q = table.logp.exp()
+        by_price = _mean((q * ahead.square()).masked_fill(~moves, 0.0), table)
+        by_bonus = _mean(q * (table.H + table.logp).square(), table)
+        short = numbers["wanted"] + flows.down - flows.up
+        found = self._supply(short, by_price, flows.both, by_bonus)
+        even = abs(found.left) <= 1e-6 * flows.both
+        numbers |= {
+            "price": found.price,
+            "lambda": found.tilt,
+            "push": found.price * by_price + found.bonus * by_bonus,
+            "saturated": 0.0 if even else math.copysign(1.0, found.left),
+            "active": 1.0,
+        }
+        weight = None
+        if found.price or found.tilt:
+            bend = (found.price * ahead / table.advantage).masked_fill(~moves, 0.0)
+            tilt = found.tilt * flows.change.sign()
+            weight = (1 + tilt + bend.clamp(-_BEND, _BEND)).float()
+        return Governed(weight, found.bonus, numbers=numbers)
+
+    def _supply(self, short: float, by_price: float, by_weights: float, by_bonus: float) -> Answer:
+        """`by_…`: the predicted change from 1 of each, per unit of learning rate."""
+        price = tilt = bonus = 0.0
+        if short > 0 and self.mode != "ceiling":
+            price = min(short / by_price, self.price_max) if by_price > 0 else 0.0
+            short -= price * by_price
         least = 0.0 if self.mode == "floor" else -self.lambda_max
         most = 0.0 if self.mode == "ceiling" else self.lambda_max
-        short = wanted + flows.down - flows.up
-        tilt = min(max(short / flows.both, least), most) if flows.both > 0 else 0.0
-        missing = short - tilt * flows.both
-        bonus, push, where = 0.0, 0.0, None
-        if missing > 0 and self.bonus_max > 0 and self.mode != "ceiling":
-            where = self._allocate(table)
-            each = _mean(_bonus_push(table) if where is None else where * _bonus_push(table), table)
-            bonus = min(missing / each, self.bonus_max) if each > 0 else self.bonus_max
-            push = bonus * each
-        left = missing - push
-        saturated = (
-            0.0 if abs(left) <= 1e-6 * (flows.up + flows.down) else 1.0 if left > 0 else -1.0
-        )
-        numbers |= {"lambda": tilt, "push": push, "wanted": wanted, "saturated": saturated}
-        weight = None if tilt == 0 else _weight(flows, tilt)
-        return Governed(weight, bonus, where, numbers | {"active": 1.0})
-
-    def _allocate(self, table: Table) -> Tensor | None:
-        """float [T]: how much of the bonus each token gets, 1 on average; None: all 1."""
-        if self.allocation == "uniform":
-            return None
-        if self.allocation == "quiet":
-            size = table.advantage.abs()
-            share = (-size / max(_mean(size, table), 1e-12)).exp()
-        elif self.allocation == "open":
-            share = table.H
-        else:
-            share = (-2 * _progress(table)).exp()
-        return share.masked_fill(~table.main, 0.0) / max(_mean(share, table), 1e-12)
+        tilt = min(max(short / by_weights, least), most)
+        short -= tilt * by_weights
+        if short > 0 and self.mode != "ceiling":
+            bonus = min(short / by_bonus, self.bonus_max) if by_bonus > 0 else self.bonus_max
+            short -= bonus * by_bonus
+        return Answer(price, tilt, bonus, short)
 
     # ---- every step --------------------------------------------------------------------------
 
     def initial(self) -> State:
         return {
             "start": None,  # entropy before the first step
+            "smooth": None,  # entropy, its noise taken off
             "target": None,
             "integral": 0.0,
-            "gain": None,  # Gain, as a dict
-            "rate": 0.0,  # learning rate · updates of the last step
-            "last": None,  # its (predicted change, entropy before it)
+            "gain": Gain().state(),
+            "last": None,  # of the last step: (net share of its flows, entropy before it)
         }
 
     def observe(self, state: State, facts: Mapping[str, float]) -> State:
         entropy, own = facts["entropy"], _own(facts)
-        start = entropy if state["start"] is None else state["start"]
         self._check_reachable(own["target"], facts["max_entropy"])
-        rate = facts["lr"] * facts["updates"]
-        predicted = facts["entropy_predicted"] + rate * own.get("push", 0.0)
         gain = Gain.of(state["gain"])
-        if gain is None:
-            flow = rate * (own["up"] + own["down"])
-            gain = Gain.guess(entropy, flow)
-        elif state["last"] is not None:
-            gain.add(state["last"][0], entropy - state["last"][1], same_tokens=False)
-        last: tuple[float, float] | None = (predicted, entropy)
-        if gain is not None and "entropy_realised" in facts:
-            gain.add(predicted, facts["entropy_realised"], same_tokens=True)
-            last = None
+        if state["last"] is not None:
+            predicted, before = state["last"]
+            gain.add(predicted, entropy / before - 1)
+        flow = own.get("up", 0.0) + own.get("down", 0.0)
+        last = None
+        if flow > 0 and entropy > 0:
+            net = own["up"] - own["down"] + own["lambda"] * flow + own.get("push", 0.0)
+            last = (net / flow, entropy)
         return {
-            "start": start,
+            "start": entropy if state["start"] is None else state["start"],
+            "smooth": _smooth(state, entropy),
             "target": own["target"],
             "integral": self._integrate(state, own),
-            "gain": None if gain is None else gain.state(),
-            "rate": rate,
+            "gain": gain.state(),
             "last": last,
         }
 
@@ -246,29 +276,21 @@ def _mean(values: Tensor, table: Table) -> float:
     return float(chosen.mean()) if len(chosen) else 0.0
 
 
-def _flows(change: Tensor, which: Tensor) -> Flows:
-    """`change` [T]: c (S - N), 0 where it does not count. `which` bool [T]: may be tilted."""
-    up, down = change.double().clamp(min=0).sum(), -change.double().clamp(max=0).sum()
-    both = change[which].double().abs().sum()
-    raises, lowers = which & (change > 0), which & (change < 0)
-    return Flows(raises, lowers, float(both), float(up), float(down))
+def _smooth(state: State, entropy: float) -> float:
+    past = entropy if state["smooth"] is None else state["smooth"]
+    return float(_SMOOTH * past + (1 - _SMOOTH) * entropy)
 
 
-def _weight(flows: Flows, tilt: float) -> Tensor:
-    """float32 [T]: 1 + tilt where the entropy is raised, 1 - tilt where it is lowered."""
-    return 1 + tilt * (flows.raises.float() - flows.lowers.float())
+def _flows(change: Tensor) -> Flows:
+    """`change` [T]: per unit of learning rate, 0 where it does not count."""
+    change = change.double()
+    return Flows(change, float(change.clamp(min=0).sum()), -float(change.clamp(max=0).sum()))
 
 
-def _bonus_push(table: Table) -> Tensor:
-    """float [T]: Σ_v S_v² of each token, estimated from the one sampled."""
-    return table.logp.exp() * (table.H + table.logp).square()
-
-
-def _progress(table: Table) -> Tensor:
-    """float [T]: how far into its answer a token is, 0…1."""
-    rows = int(table.row.max()) + 1
-    far = table.position.new_full((rows,), 1 << 40)
-    first = far.scatter_reduce(0, table.row, table.position, "amin")
-    last = (-far).scatter_reduce(0, table.row, table.position, "amax")
-    length = (last - first).clamp(min=1)
-    return (table.position - first[table.row]).to(table.H.dtype) / length[table.row]
+def _balanced(flows: Flows, numbers: dict[str, float]) -> Governed:
+    """OPEFO."""
+    numbers |= {"up": flows.up, "down": flows.down}
+    if flows.both == 0:
+        return Governed(numbers=numbers | {"lambda": 0.0, "saturated": 0.0, "active": 0.0})
+    tilt = (flows.down - flows.up) / flows.both
+    return Governed((1 + tilt * flows.change.sign()).float(), numbers=numbers | {"lambda": tilt})
