@@ -4,13 +4,14 @@ One pass when the run starts reads the two columns that matter of every row. A r
 them, or with a question that another row had before it, is left out; how many and which is said in
 one line. Of the rest a tenth, at most 1,000 rows, is held out: those whose questions' digests are
 smallest, so that neither a copy of a question nor the order of the file can put it on both sides.
-With a held-out file its questions are taken out of the training rows instead. Held in memory: 16
-bytes a row.
+With a held-out file its questions are taken out of the training rows instead. Numbers, digests and
+orders of rows are held in memory, 8 bytes each; the rows are not.
 """
 
 from __future__ import annotations
 
 import logging
+from array import array
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import lru_cache
@@ -100,7 +101,7 @@ class Dataset:
 def _index(rows: Rows, config: PromptsConfig) -> tuple[np.ndarray, np.ndarray]:
     """Numbers (int64) and questions' digests (uint64) of the usable rows, in the file's order."""
     wanted = (config.prompt_column, config.answer_column)
-    numbers, digests = [], []
+    numbers, digests = array("q"), array("Q")
     lacking: dict[str, list[int]] = defaultdict(list)
     for number, columns in rows.scan(wanted):
         missing = next((name for name in wanted if _value(columns, name) in (None, "")), None)
@@ -119,7 +120,7 @@ def _index(rows: Rows, config: PromptsConfig) -> tuple[np.ndarray, np.ndarray]:
             )
         left_out = _counted(len(where))
         log.warning("%s: %s left out: no %s in %s", rows.path, left_out, name, _few(where))
-    return _first_of_each(rows, np.asarray(numbers, np.int64), np.asarray(digests, np.uint64))
+    return _first_of_each(rows, np.frombuffer(numbers, np.int64), np.frombuffer(digests, np.uint64))
 
 
 def _first_of_each(
