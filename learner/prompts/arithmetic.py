@@ -33,6 +33,14 @@ class Problem(msgspec.Struct, frozen=True):
     answer: str
 
 
+def is_right(text: str, answer: str) -> bool:
+    """Whether what `text` says behind its last # is `answer`: what the grader `exact` is told to
+    ask (`after = "#"`), for scripts that have no actor.
+    """
+    _, mark, said = text.rpartition("#")
+    return mark == "#" and said.strip() == answer
+
+
 def draw(seed: int, index: int, split: Split) -> Problem:
     """Problem number `index` of the endless stream (`seed`, `split`); the same on any machine."""
     attempt = 0

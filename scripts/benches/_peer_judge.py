@@ -6,9 +6,8 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from actor.grade.exact import exact
 from common import models
-from learner.prompts.arithmetic import draw
+from learner.prompts.arithmetic import draw, is_right
 
 GOAL, PROBLEMS = 0.8, 1024
 
@@ -76,7 +75,7 @@ class Judge:
             tokens[:, self._prompts["input_ids"].shape[1] :], skip_special_tokens=True
         )
         pairs = zip(answers, self._problems, strict=True)
-        return sum(exact(answer, p.answer, after="#") for answer, p in pairs) / PROBLEMS
+        return sum(is_right(answer, p.answer) for answer, p in pairs) / PROBLEMS
 
 
 def crossing(curve: Curve) -> Crossing:

@@ -38,8 +38,6 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from actor.grade.exact import exact
-
 PIECES = 2  # micro-batches of a step
 
 
@@ -71,7 +69,10 @@ def trainer(settings: dict[str, Any], folder: Path) -> GRPOTrainer:
     clock = Clock(folder, settings["every"])
 
     def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-        values = [exact(c, a, "#") for c, a in zip(completions, answer, strict=True)]
+        values = [
+            float("#" in c and c.rpartition("#")[2].strip() == a)
+            for c, a in zip(completions, answer, strict=True)
+        ]
         clock.reward = sum(values) / len(values)
         return values
 
