@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from actor.config import ActorConfig
 from actor.engine import vllm_process
@@ -21,6 +22,7 @@ NAMES = {
     "quantization",
     "speculative_config",
     "enforce_eager",
+    "device_ids",
     "distributed_executor_backend",
     "max_num_seqs",
     "max_num_batched_tokens",
@@ -99,8 +101,33 @@ def test_a_device_that_the_installed_vllm_has_not_is_refused() -> None:
         on_device(args(), "cpu", "cuda")
     with pytest.raises(ConfigError, match='"nccl" needs GPUs'):
         on_device(args({"weight_transfer": "nccl"}), "cpu", "auto")
-    with pytest.raises(ConfigError, match="needs a learner that sends by NCCL"):
-        on_device(args({"weight_transfer": "nccl"}), "cuda", "auto")
+    with pytest.raises(ConfigError, match='"nccl" needs GPUs, and vLLM computes on the XPU here'):
+        on_device(args({"weight_transfer": "nccl"}), "xpu", "auto")
+
+
+def test_nccl_sends_from_a_gpu_that_no_worker_of_vllms_uses() -> None:
+    nccl = {"weight_transfer": "nccl"}
+    assert args().gpu is None
+    assert args(nccl).gpu == 1
+    assert args({**nccl, "tensor_parallel_size": 2}).gpu == 2
+    assert args({**nccl, "weight_transfer_device": "cuda:5"}).gpu == 5
+    assert args({**nccl, "device_ids": [0, 2]}).gpu == 1
+    assert "weight_transfer_device" not in args({**nccl, "weight_transfer_device": "cuda:5"}).engine
+    with pytest.raises(ConfigError, match=r"workers use cuda:1; cuda:2 is free"):
+        args({**nccl, "weight_transfer_device": "cuda:1", "tensor_parallel_size": 2})
+    with pytest.raises(ConfigError, match=r"device: 3 must be like \"cuda:1\""):
+        args({**nccl, "weight_transfer_device": 3})
+    with pytest.raises(ConfigError, match=r'is for actor\.vllm\.weight_transfer = "nccl"'):
+        args({"weight_transfer_device": "cuda:1"})
+
+
+def test_nccl_without_a_gpu_of_its_own_is_refused() -> None:
+    there = torch.cuda.device_count()
+    asked = {"weight_transfer": "nccl", "weight_transfer_device": f"cuda:{there + 1}"}
+    with pytest.raises(
+        ConfigError, match=rf'cuda:{there + 1}, .* {there} are visible: set "spool"'
+    ):
+        on_device(args(asked), "cuda", "auto")
 
 
 @pytest.mark.skipif(vllm_version.wrong() is None, reason="vLLM is installed here")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +20,9 @@ from common import vllm_version
 from common.errors import ConfigError
 
 TRANSFERS = ("spool", "nccl")  # ways of new weights into vLLM's workers
-OWN = ("weight_transfer", "verbose")  # settings of [actor.vllm] that are not vLLM's
+OWN = ("weight_transfer", "weight_transfer_device", "verbose")  # in [actor.vllm], and not vLLM's
 KV_CACHE_BYTES_ON_CPU = 1 << 30  # at most, unless asked for
+_PARALLEL = ("tensor", "pipeline", "prefill_context", "data")  # sizes whose product is the workers
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 _TOKENS = "the learner renders and tokenises; the engine sees token ids only"
@@ -70,6 +72,7 @@ class VllmArgs(NamedTuple):
     engine: dict[str, Any]  # of AsyncEngineArgs, but for what depends on the device
     transfer: str
     verbose: bool  # leave vLLM's own log as it is
+    gpu: int | None = None  # that sends by NCCL
 
 
 def vet(actor: ActorConfig, names: Collection[str] | None = None) -> VllmArgs:
@@ -85,9 +88,10 @@ def vet(actor: ActorConfig, names: Collection[str] | None = None) -> VllmArgs:
         raise ConfigError(f"actor.vllm.weight_transfer: {transfer!r} is none of {TRANSFERS}")
     if not isinstance(verbose, bool):
         raise ConfigError(f"actor.vllm.verbose: {verbose!r} must be true or false")
+    device = given.pop("weight_transfer_device", None)
     for name, value in given.items():
         _check(name, value, names)
-    return VllmArgs(_ours(actor) | given, transfer, verbose)
+    return VllmArgs(_ours(actor) | given, transfer, verbose, _sender(transfer, device, given))
 
 
 def on_device(args: VllmArgs, device: str, wanted: str, kv_bytes: int = 0) -> dict[str, Any]:
@@ -100,14 +104,8 @@ def on_device(args: VllmArgs, device: str, wanted: str, kv_bytes: int = 0) -> di
         raise ConfigError(
             f'actor.device = "{wanted}", but the installed vLLM computes on {device}: set "auto"'
         )
-    if args.transfer == "nccl":
-        raise ConfigError(
-            'actor.vllm.weight_transfer = "nccl" needs GPUs, and vLLM computes on the CPU here: '
-            'set "spool"'
-            if device == "cpu"
-            else 'actor.vllm.weight_transfer = "nccl" needs a learner that sends by NCCL, and this '
-            'one publishes to a store: set "spool"'
-        )
+    if args.gpu is not None:
+        _check_gpus(args.gpu, device)
     if device != "cpu":
         return args.engine
     cache = min(kv_bytes or KV_CACHE_BYTES_ON_CPU, KV_CACHE_BYTES_ON_CPU)
@@ -139,6 +137,44 @@ def _check(name: str, value: object, names: Collection[str]) -> None:
         raise ConfigError(f"{where} is no argument of vLLM's engine{hint}")
     if name == "distributed_executor_backend" and value not in ("mp", "uni"):
         raise ConfigError(f'{where}: {value!r} must be "mp" or "uni"; {_ONE_MACHINE}')
+
+
+def _sender(transfer: str, device: object, given: dict[str, Any]) -> int | None:
+    """The GPU that sends by NCCL: the first that no worker of vLLM's uses (NCCL has one rank a
+    GPU), or the one that is asked for. Raises ConfigError."""
+    where = "actor.vllm.weight_transfer_device"
+    if transfer != "nccl":
+        if device is not None:
+            raise ConfigError(f'{where} is for actor.vllm.weight_transfer = "nccl"')
+        return None
+    sizes = (given.get(f"{part}_parallel_size", 1) for part in _PARALLEL)
+    workers = math.prod(size for size in sizes if isinstance(size, int))
+    taken = {str(gpu) for gpu in given.get("device_ids") or range(workers)}
+    free = next(gpu for gpu in range(len(taken) + 1) if str(gpu) not in taken)
+    if device is None:
+        return free
+    kind, _, number = str(device).partition(":")
+    if kind != "cuda" or not number.isdecimal():
+        raise ConfigError(f'{where}: {device!r} must be like "cuda:{free}"')
+    if str(int(number)) in taken:
+        raise ConfigError(f"{where}: vLLM's workers use {device}; cuda:{free} is free of them")
+    return int(number)
+
+
+def _check_gpus(gpu: int, device: str) -> None:
+    """Raises ConfigError where nothing can be sent by NCCL from GPU number `gpu`."""
+    if device != "cuda":
+        raise ConfigError(
+            'actor.vllm.weight_transfer = "nccl" needs GPUs, and vLLM computes on the '
+            f'{device.upper()} here: set "spool"'
+        )
+    from torch import cuda
+
+    if (there := cuda.device_count()) <= gpu:
+        raise ConfigError(
+            f'actor.vllm.weight_transfer = "nccl" sends from cuda:{gpu}, a GPU beside those of '
+            f'vLLM\'s workers, and {there} are visible: set "spool"'
+        )
 
 
 def _installed_names() -> frozenset[str]:

@@ -51,7 +51,7 @@ class VllmEngine:
         self.slots = actor.slots
         self._hang_s = actor.engine_hang_s
         self._down = asyncio.Event()
-        self._transfer = Transfer(folder, self._hang_s, self._down)
+        self._transfer = Transfer(folder, self._hang_s, self._down, args.gpu)
         cache = kv_bytes(folder, actor.slots, self.max_length, 2 if actor.dtype == "bf16" else 4)
         self._host = Host(folder, args, device=actor.device, threads=actor.threads, kv_bytes=cache)
         self._statistics = Statistics()
@@ -126,6 +126,7 @@ class VllmEngine:
             self._task.cancel()
             await asyncio.wait([self._task, *self._updates])
         await asyncio.to_thread(self._host.close)
+        await asyncio.to_thread(self._transfer.close)
 
     @property
     def pids(self) -> list[int]:

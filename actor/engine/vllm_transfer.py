@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actor.engine import vllm_process
 from actor.engine.vllm_request import salt
@@ -17,16 +17,22 @@ from actor.engine.vllm_spool import Checkpoint, Spool
 from common.errors import EngineError, IsentropeError, WeightsError
 from common.versions import Weights
 
+if TYPE_CHECKING:
+    from actor.engine.vllm_nccl import Sender
+
 BACKENDS = {"spool": "isentrope-spool", "nccl": "nccl"}  # by vLLM's names
 _LOOK_S = 0.01  # how often the workers are asked whether they have staged a version
 
 
 class Transfer:
-    def __init__(self, folder: Path, hang_s: float, down: asyncio.Event) -> None:
-        """`down` is set once vLLM is known not to answer. Raises DataError when the model's folder
-        declares no tensors."""
+    def __init__(
+        self, folder: Path, hang_s: float, down: asyncio.Event, gpu: int | None = None
+    ) -> None:
+        """`down` is set once vLLM is known not to answer; `gpu` sends by NCCL, None: workers read
+        the spool. Raises DataError when the model's folder declares no tensors."""
         self._checkpoint = Checkpoint(folder)
-        self._hang_s, self._down = hang_s, down
+        self._folder, self._hang_s, self._down, self._gpu = folder, hang_s, down, gpu
+        self._sender: Sender | None = None
         self._trained: frozenset[str] = frozenset()  # names that an earlier version brought
 
     async def stage(self, llm: Any, weights: Weights) -> None:
@@ -34,28 +40,31 @@ class Transfer:
         WeightsError, or EngineError when vLLM does not answer."""
         spool = await asyncio.to_thread(self._spool, weights)
         try:
-            await self.call(llm.collective_rpc("stage_weights", args=(str(spool.path),)), "stage")
-            while None in (found := await self.call(llm.collective_rpc("weights_staged"), "stage")):
-                await asyncio.sleep(_LOOK_S)
+            if self._gpu is None:
+                await self._stage(llm, spool.path)
+            else:
+                await self._by_nccl(llm, self._gpu).stage(spool.path)
         finally:
             spool.close()
-        if wrong := [said for said in found if said]:
-            raise WeightsError(wrong[0])
 
     async def load(self, llm: Any, weights: Weights, serve: Callable[[], Awaitable[None]]) -> None:
         """Pause, load what is staged, resume; `serve` is awaited before. Raises EngineError: vLLM
         must not be asked for another token."""
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-        request = WeightTransferUpdateRequest(update_info={"digest": weights.digest})
         call = self.call
         await call(llm.pause_generation(mode="keep", clear_cache=False), "pause_generation")
-        await call(llm.start_weight_update(), "start_weight_update")
-        await call(llm.update_weights(request), "update_weights")
-        await call(llm.finish_weight_update(salt(weights)), "finish_weight_update")
+        if self._gpu is None:
+            await self._load(llm, weights)
+        else:
+            await self._by_nccl(llm, self._gpu).load()
+        await call(llm.update_weight_version(salt(weights)), "update_weight_version")
         await serve()
         await call(llm.resume_generation(), "resume_generation")
         self._trained = frozenset(tensor.name for tensor in weights.tensors)
+
+    def close(self) -> None:
+        """When vLLM's processes have ended."""
+        if self._sender is not None:
+            self._sender.close()
 
     async def call(self, asked: Awaitable[Any], what: str) -> Any:
         """An answer of vLLM's, or EngineError."""
@@ -80,3 +89,25 @@ class Transfer:
         self._checkpoint.check(weights, self._trained)
         names = [tensor.name for tensor in weights.tensors]
         return Spool(weights, self._checkpoint.beside(names))
+
+    async def _stage(self, llm: Any, path: Path) -> None:
+        await self.call(llm.collective_rpc("stage_weights", args=(str(path),)), "stage")
+        while None in (found := await self.call(llm.collective_rpc("weights_staged"), "stage")):
+            await asyncio.sleep(_LOOK_S)
+        if wrong := [said for said in found if said]:
+            raise WeightsError(wrong[0])
+
+    async def _load(self, llm: Any, weights: Weights) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        request = WeightTransferUpdateRequest(update_info={"digest": weights.digest})
+        await self.call(llm.start_weight_update(), "start_weight_update")
+        await self.call(llm.update_weights(request), "update_weights")
+        await self.call(llm.finish_weight_update(), "finish_weight_update")
+
+    def _by_nccl(self, llm: Any, gpu: int) -> Sender:
+        from actor.engine.vllm_nccl import Sender
+
+        if self._sender is None:
+            self._sender = Sender(llm, self._folder, gpu, self.call)
+        return self._sender
