@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,15 @@ async def engine() -> AsyncIterator[VllmEngine]:
     assert len(pids) >= 2
     await engine.close()
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
+    del engine
+    gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def tidied() -> Iterator[None]:
+    """What vLLM leaves open goes while a test may still be told to ignore its complaints."""
+    yield
+    gc.collect()
 
 
 def net(version: int, *only: str) -> Any:
@@ -222,6 +231,18 @@ async def test_rollouts_differ_and_the_same_seed_repeats_whatever_runs_beside_it
     await asyncio.gather(*crowd)
 
 
+async def test_a_prompt_computed_in_parts_changes_no_noise(engine: VllmEngine) -> None:
+    prompt = np.resize(PROMPT, 60).astype(np.int32)
+    sampling = Sampling(seed=5, max_tokens=20)
+    whole = await engine.generate(prompt, 3, sampling)
+    parts = opened(slots=4, vllm={"kv_cache_memory_bytes": 64 << 20, "max_num_batched_tokens": 24})
+    try:
+        several = await parts.generate(prompt, 3, sampling)
+    finally:
+        await parts.close()
+    assert [s.tokens.tolist() for s in several] == [s.tokens.tolist() for s in whole]
+
+
 async def test_a_stop_token_ends_a_sequence_and_is_part_of_it(engine: VllmEngine) -> None:
     free = await one(engine, seed=8)
     stop = int(free.tokens[4])
@@ -363,13 +384,13 @@ async def test_an_engine_whose_process_is_killed_says_so_to_all_who_wait() -> No
 
 
 async def test_an_engine_that_hangs_is_found_out_and_can_be_closed() -> None:
-    engine = opened(slots=4, engine_hang_s=2.0)
+    engine = opened(slots=4, engine_hang_s=8.0)
     pids = engine.pids
     await one(engine)
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     task = asyncio.create_task(engine.generate(PROMPT, 4, Sampling(max_tokens=20)))
-    with pytest.raises(EngineError, match=r"no token within 2 s \(actor\.engine_hang_s\)"):
+    with pytest.raises(EngineError, match=r"no token within 8 s \(actor\.engine_hang_s\)"):
         await asyncio.wait_for(task, 60)
     with pytest.raises(EngineError, match="hangs"):
         await asyncio.wait_for(engine.watch(), 60)
@@ -379,11 +400,11 @@ async def test_an_engine_that_hangs_is_found_out_and_can_be_closed() -> None:
 
 async def test_a_swap_that_is_not_answered_breaks_the_engine() -> None:
     """It might have loaded a part of it: what it would sample is no version."""
-    engine = opened(slots=4, engine_hang_s=2.0)
+    engine = opened(slots=4, engine_hang_s=8.0)
     await one(engine)
     for pid in engine.pids:
         os.kill(pid, signal.SIGSTOP)
-    with pytest.raises(EngineError, match="did not answer within 2 s"):
+    with pytest.raises(EngineError, match="did not answer within 8 s"):
         await asyncio.wait_for(engine.update_weights(weights(net(1), 1)), 60)
     with pytest.raises(EngineError, match="did not answer"):
         await asyncio.wait_for(engine.watch(), 60)
@@ -395,10 +416,10 @@ async def test_a_swap_that_is_not_answered_breaks_the_engine() -> None:
     [
         (
             {"vllm": {"kv_cache_memory_bytes": 4096}},
-            r"vLLM did not start: .*KV cache.*lower actor\.max_length or raise",
+            r"vLLM did not start: .*cache blocks.*lower actor\.max_length or raise",
         ),
         ({"engine_start_s": 0.5}, r"vLLM was not up within 0\.5 s \(actor\.engine_start_s\)"),
-        ({"vllm": {"kv_cache_dtype": "fp3"}}, "vLLM cannot serve .*kv_cache_dtype|fp3"),
+        ({"vllm": {"kv_cache_dtype": "fp3"}}, r"vLLM cannot serve .* cache_dtype: Input should be"),
     ],
 )
 async def test_a_start_that_fails_gets_one_line_and_leaves_no_process(

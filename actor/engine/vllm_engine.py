@@ -226,6 +226,7 @@ class VllmEngine:
         try:
             llm = self._host.llm
             await self._transfer.call(llm.get_supported_tasks(), "get_supported_tasks")
+            await self._transfer.call(llm.collective_rpc("keep_noise"), "keep_noise")
             self._up.set()  # vLLM has asked itself once what every request needs
             await self._until_broken()
         except EngineError as error:

@@ -245,6 +245,6 @@ def _environment(extra: Mapping[str, str]) -> Iterator[None]:
 
 def _advice(cause: str) -> str:
     """What to do about the failures that a recipe causes."""
-    if "KV cache" in cause or "kv cache" in cause:
+    if re.search(r"kv cache|cache blocks", cause, re.IGNORECASE):
         return "; lower actor.max_length or raise actor.vllm.kv_cache_memory_bytes"
     return ""

@@ -96,7 +96,8 @@ def said(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if lines and re.match(r"\d+ validation errors? for", lines[0]) and len(lines) > 1:
         lines = [re.sub(r"\s*\[type=.*", "", line) for line in lines[1:]]
-        lines = [line.removeprefix("Value error, ") for line in lines if " " in line]
+        field = f"{lines[0]}: " if " " not in lines[0] else ""
+        lines = [field + line.removeprefix("Value error, ") for line in lines if " " in line]
     return f"{type(error).__name__}: {_first_line(lines[0] if lines else '')}"
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -125,6 +125,13 @@ class Extension:
     """Methods of vLLM's worker that the actor calls by `collective_rpc`."""
 
     weight_transfer_engine: Any
+    model_runner: Any
+    device: torch.device
+
+    def keep_noise(self) -> None:
+        """Once, before the first request."""
+        if self.device.type == "cpu":
+            self.model_runner.input_batch.generators = Generators()
 
     def stage_weights(self, path: str) -> None:
         self.weight_transfer_engine.stage(path)
@@ -132,6 +139,42 @@ class Extension:
     def weights_staged(self) -> str | None:
         said: str | None = self.weight_transfer_engine.staged()
         return said
+
+
+class Generators(dict[int, torch.Generator]):
+    """vLLM's random generators by row, for a CPU.
+
+    A prompt that is computed in parts has a token drawn, and thrown away, after each of them; vLLM
+    then takes the generator's offset back, which generators on a CPU do not have. Here they get
+    back the state that they had before the draw: the noise of a rollout depends on nothing else.
+    """
+
+    _before: dict[int, torch.Tensor] = {}
+
+    def items(self) -> Any:
+        """What vLLM draws from, once a step."""
+        self._before = {row: generator.get_state() for row, generator in super().items()}
+        return super().items()
+
+    def get(self, row: int, default: Any = None) -> Any:
+        """What vLLM takes the offset back of."""
+        if row not in self:
+            return default
+        generator = self[row]
+        return Undo(generator, self._before.get(row, generator.get_state()))
+
+
+class Undo(NamedTuple):
+    """Looks like a generator that knows its offset."""
+
+    generator: torch.Generator
+    before: torch.Tensor
+
+    def get_offset(self) -> int:
+        return 0
+
+    def set_offset(self, _offset: int) -> None:
+        self.generator.set_state(self.before)
 
 
 def _from_checkpoint(folder: Path, names: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
