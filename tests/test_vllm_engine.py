@@ -59,13 +59,17 @@ async def engine() -> AsyncIterator[VllmEngine]:
     assert len(pids) >= 2
     await engine.close()
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
-    del engine
+
+
+@pytest.fixture(autouse=True, scope="module")
+def released() -> Iterator[None]:
+    """What vLLM leaves open goes while its complaints are still ignored; ends after `engine`."""
+    yield
     gc.collect()
 
 
 @pytest.fixture(autouse=True)
-def tidied() -> Iterator[None]:
-    """What vLLM leaves open goes while a test may still be told to ignore its complaints."""
+def tidied(released: None) -> Iterator[None]:
     yield
     gc.collect()
 

@@ -28,11 +28,13 @@ def test_a_run_without_lag_trains_on_the_very_probabilities_that_vllm_sampled_wi
     assert (summary["steps"], summary["lag_max"]) == (6, 0)
     assert summary["conserved"] is True
     assert summary["heldout_after"] is not None
-    steps = [line for line in metrics(folder) if "lag" in line]
+    steps = {line["step"]: line for line in metrics(folder) if "lag" in line}
     assert len(steps) == 6
-    for step in steps:  # each under weights that were swapped in while vLLM ran
+    for step in steps.values():  # each under weights that were swapped in while vLLM ran
         assert step["kl"]["0"] == pytest.approx(0.0, abs=1e-5)
         assert step["ess"]["0"] == pytest.approx(1.0, abs=1e-4)
+        assert step["agreement"]["max"] < 1e-3
+        assert step["agreement"]["outside"] == 0
     assert runs.promises_kept(folder)
     again = runs.replay(folder)
     assert (again["steps"], again["equal"]) == (6, 6)

@@ -112,9 +112,12 @@ class Host:
                 _kill(self._tree())
             tree, shared = self._tree(), self._shared()
             if self.llm is not None:
+                context = self.llm.engine_core.resources.ctx
                 with contextlib.suppress(Exception):  # whatever it complains of, they are killed
                     self.llm.shutdown(timeout=0)
                 self.llm = None
+                # vLLM never ends it; this waits for sockets that the event loop closes in a moment
+                threading.Thread(target=context.term, daemon=True).start()
             _kill(tree)
             _unlink(shared)
             for root in self._roots:
