@@ -146,9 +146,12 @@ def arguments(case: Case) -> dict[str, Any]:
     """What the engine starts vLLM with, but for its own worker."""
     from vllm.platforms import current_platform
 
-    from actor.engine import vllm_args
+    from actor.engine import vllm_args, vllm_model
 
-    args = vllm_args.on_device(vllm_args.vet(case.actor), current_platform.device_type, "auto")
+    actor = case.actor
+    cache = vllm_model.kv_bytes(case.folder, actor.slots, actor.max_length, 4)  # fp32
+    device = current_platform.device_type
+    args = vllm_args.on_device(vllm_args.vet(actor), device, "auto", cache)
     ours = ("worker_extension_cls",)
     return {"model": str(case.folder)} | {k: v for k, v in args.items() if k not in ours}
 
