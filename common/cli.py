@@ -8,6 +8,7 @@ waits in the function bodies.
 
 from __future__ import annotations
 
+import functools
 import sys
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import Any
@@ -24,16 +25,18 @@ class Subcommands(click.Group):
     others."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [entry.name for entry in self._entries()]
+        return [entry.name for entry in _entries()]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        for entry in self._entries():
+        for entry in _entries():
             if entry.name == cmd_name:
                 return _load(entry)
         return None
 
-    def _entries(self) -> list[EntryPoint]:
-        return list({entry.name: entry for entry in entry_points(group=GROUP)}.values())
+
+@functools.cache  # a look at every installed distribution, and the help asks once a command
+def _entries() -> tuple[EntryPoint, ...]:
+    return tuple({entry.name: entry for entry in entry_points(group=GROUP)}.values())
 
 
 def _load(entry: EntryPoint) -> click.Command:

@@ -425,7 +425,6 @@ async def test_the_factory_opens_the_shipped_model_by_name() -> None:
 @pytest.mark.parametrize(
     ("actor", "error", "message"),
     [
-        ({"engine": "vllm"}, ConfigError, "needs a vLLM engine"),
         ({"device": "quantum"}, ConfigError, "actor.device = 'quantum'"),
         ({"max_length": 4096}, DataError, "the model has 128 positions"),
         ({"slots": 1 << 30}, DataError, "GiB: lower actor.slots or actor.max_length"),
