@@ -155,7 +155,7 @@ class Host:
         device = current_platform.device_type
         args = on_device(self._args, device, self._device, self._kv_bytes)
         transfer = WeightTransferConfig(backend=BACKENDS[self._args.transfer])
-        with _environment(_threads(self._threads, cpu=current_platform.is_cpu())):
+        with _environment(_on_cpu(self._threads) if current_platform.is_cpu() else {}):
             try:
                 config = AsyncEngineArgs(
                     model=str(self._model), weight_transfer_config=transfer, **args
@@ -222,12 +222,13 @@ def _watchable(tree: list[Any]) -> Iterator[tuple[int, int]]:
             yield os.pidfd_open(process.pid), process.pid
 
 
-def _threads(threads: int, *, cpu: bool) -> dict[str, str]:
-    """Actors and a learner share the cores: no pinning, which would put all on the same ones."""
-    if not cpu:
-        return {}
+def _on_cpu(threads: int) -> dict[str, str]:
+    """Actors and a learner share the cores: no pinning, which would put all on the same ones. And
+    memory that was freed is kept (glibc): a swap of weights takes and frees all of their size, and
+    fresh pages from the kernel are a quarter of its pause."""
     count = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", **count}
+    kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", **kept, **count}
 
 
 @contextlib.contextmanager
