@@ -31,7 +31,7 @@ from common.config import NaturalInt, Positive, Section, need
 from common.errors import ConfigError
 
 State = Literal["new", "interrupted", "done"]
-ENDINGS = ("done", "solved")  # of a run that came to its end; "stopped" did not
+ENDINGS = ("done", "solved", "stuck")  # of a run that came to its end; "stopped" did not
 
 Seeds = Annotated[tuple[NaturalInt, ...], msgspec.Meta(min_length=1)]
 Overrides = dict[str, Any]

@@ -3,7 +3,7 @@
 The main part of step t is the first `groups_per_step` usable main groups in admission order. Groups
 on the way to them that are not usable are dropped, each by its reason. When `refill_limit` ×
 `groups_per_step` main groups since the last step were not enough, the step trains on those usable
-among them; with none, the policy has solved the task.
+among them; with none, the run is over: the task is solved, or the run is stuck.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from learner.ledger import Entry, Ledger
 
 
 class Selection(NamedTuple):
-    """`items` in batch order (main, then aux); empty items: solved."""
+    """`items` in batch order (main, then aux); empty items: there is nothing to train on."""
 
     t: int
     items: tuple[Item, ...]
@@ -28,6 +28,13 @@ class Selection(NamedTuple):
     @property
     def consumed(self) -> tuple[int, ...]:
         return tuple(item.ticket.id for item in self.items)
+
+    @property
+    def right(self) -> float:
+        """Share of the refused groups' answers that were graded and are right, 0…1."""
+        answers = [rollout for group in self.refused for rollout in group.rollouts]
+        right = sum(not answer.error and answer.correct >= 1.0 for answer in answers)
+        return right / max(1, len(answers))
 
 
 def defect(group: Group, config: LearnerConfig) -> str:

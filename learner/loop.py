@@ -18,6 +18,7 @@ import logging
 import signal
 import threading
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,7 +77,9 @@ class Learner:
 
 
 def learn(run: RunConfig, config: LearnerConfig, folder: RunFolder) -> str:
-    """Train until the steps are done, the task is solved, or a signal says stop; returns which."""
+    """Train until the steps are done, the task is solved, nothing can be learned any more, or a
+    signal says stop; returns which.
+    """
     with ExitStack() as stack:
         it = _wire(run, config, folder, stack)
         it.desk.want(it.state.ask or NOTHING)
@@ -86,7 +89,7 @@ def learn(run: RunConfig, config: LearnerConfig, folder: RunFolder) -> str:
         while not ending and not it.stop.is_set():
             batch = it.report.waiting(lambda: it.desk.take(it.idle))
             if batch is not None:
-                ending = _step(it, batch) if batch.items else "solved"
+                ending = _step(it, batch) if batch.items else _over(batch)
         _evaluate(it, "after", it.config.eval.last and bool(ending))
         return _end(it, "" if it.stop.is_set() else ending)
 
@@ -118,6 +121,19 @@ def _step(it: Learner, batch: Selection) -> str:
     if it.config.eval.every and t % it.config.eval.every == 0 and t < it.config.steps:
         _ask_evaluation(it, f"step-{t}")
     return "done" if t >= it.config.steps else ""
+
+
+def _over(batch: Selection) -> str:
+    """Why no group of many can be trained on: they are all right, or something is wrong."""
+    if batch.right >= 0.5:
+        return "solved"
+    reasons = dict(Counter(reason for _, reason in batch.dropped))
+    log.error(
+        "stuck at step %d: none of %d groups can be trained on (%s) and %.0f %% of their answers "
+        "are right: look at the grader, and at how hard the task is",
+        *(batch.t, len(batch.dropped), reasons, 100 * batch.right),
+    )
+    return "stuck"
 
 
 def _publish(it: Learner) -> None:

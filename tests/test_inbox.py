@@ -107,6 +107,13 @@ def test_with_nothing_left_to_learn_the_batch_is_empty() -> None:
     assert chosen(book_of(*[(1, 1)] * 6)).items == ()
 
 
+def test_an_empty_batch_knows_whether_its_answers_were_right_wrong_or_never_graded() -> None:
+    assert chosen(book_of(*[(1, 1)] * 6)).right == 1.0
+    assert chosen(book_of(*[(0, 0)] * 4, *[(1, 1)] * 2)).right == pytest.approx(1 / 3)
+    failed = make_group(rollouts=(make_rollout(1.0, error="timeout"), make_rollout(1.0)))
+    assert Selection(0, (), ((1, "verifier_error"),), (failed,)).right == 0.5
+
+
 def test_truncated_groups_are_dropped_only_when_asked() -> None:
     cut = make_group(
         rollouts=(make_rollout(1.0, finish="length"), make_rollout(0.0, finish="length"))
