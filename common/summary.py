@@ -16,6 +16,11 @@ from common.live import clock, number, percent
 
 FILE = "summary.json"
 
+ENDED = {  # early, and why
+    "solved": "early: what is sampled is right, there is nothing left to learn",
+    "stuck": "early: what is sampled is not right and teaches nothing; logs/learner.log says why",
+}
+
 
 def complete(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The summary with `facts`, the auditor's verdict and the plots; written back."""
@@ -59,6 +64,7 @@ def rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = [*_learned(summary)] if "steps" in summary else []
     restarts = ", ".join(f"{name} {n}" for name, n in (summary.get("restarts") or {}).items() if n)
     plots = summary.get("plots") or [""]
+    found.insert(0, ("ended", ENDED.get(str(summary.get("ending")), "")))
     found += [("conserved", _verdict(summary)), ("restarts", restarts), ("picture", plots[0])]
     return [(name, value) for name, value in found if value]
 

@@ -135,3 +135,13 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_run_whose_answers_are_never_right_is_stuck_not_solved(tmp_path: Path) -> None:
+    wrong = 'learner.prompts.grader_options={after="@"}'  # nobody writes one: no answer is found
+    folder = tmp_path / "run"
+    done = run("tiny", "--out", str(folder), "--plain", "-s", wrong, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "teaches nothing" in done.stdout + done.stderr
+    assert json.loads((folder / "summary.json").read_text())["ending"] == "stuck"
+    assert "0 % of their answers are right" in (folder / "logs" / "learner.log").read_text()
