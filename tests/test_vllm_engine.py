@@ -387,6 +387,19 @@ async def test_an_engine_whose_process_is_killed_says_so_to_all_who_wait() -> No
     await until(lambda: not [pid for pid in pids if psutil.pid_exists(pid)])
 
 
+async def test_an_engine_killed_while_it_takes_weights_says_so_rather_than_which_call_failed() -> (
+    None
+):
+    engine = opened(slots=4)
+    swap = asyncio.create_task(engine.update_weights(weights(net(1), 1)))
+    while not engine._paused:
+        await asyncio.sleep(0)
+    os.kill(engine._host._roots[0].pid or 0, signal.SIGKILL)
+    with pytest.raises(EngineError, match="killed by signal 9"):
+        await asyncio.wait_for(swap, 60)
+    await engine.close()
+
+
 async def test_an_engine_that_hangs_is_found_out_and_can_be_closed() -> None:
     engine = opened(slots=4, engine_hang_s=8.0)
     pids = engine.pids

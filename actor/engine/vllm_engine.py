@@ -180,10 +180,14 @@ class VllmEngine:
 
         if isinstance(error, VLLMClientError):
             return DataError(f"vLLM refuses the request: {vllm_process.said(error)}")
+        return await self._deeper(EngineError(f"vLLM failed: {vllm_process.said(error)}"))
+
+    async def _deeper(self, error: EngineError) -> EngineError:
+        """`error`, or what it is a consequence of: that a process died shows a moment later."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_EXPLAIN_S):
                 await self._down.wait()
-        return self._broken or EngineError(f"vLLM failed: {vllm_process.said(error)}")
+        return self._broken or error
 
     # -- weights -----------------------------------------------------------------------------------
 
@@ -196,8 +200,8 @@ class VllmEngine:
                 began, self._paused = time.monotonic(), True
                 await self._transfer.load(llm, weights, partial(self._serve, weights))
             except EngineError as error:
-                self._fail(error)
-                raise
+                self._fail(await self._deeper(error))  # vLLM is still paused: no token meanwhile
+                raise self._broken or error from None
             finally:
                 self._paused = False
                 self._statistics.wake()
