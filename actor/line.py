@@ -14,8 +14,9 @@ import zmq
 import zmq.asyncio
 
 from common.channel import Keys, connect_dealer
+from common.codec import Codec
 from common.errors import ConfigError, DeadlineError, IsentropeError, WireError
-from common.wire import Codec, FromActor, FromLearner, Hello, Refused, Welcome
+from common.wire import FromActor, FromLearner, Hello, Refused, Welcome
 
 log = logging.getLogger(__name__)
 

@@ -17,10 +17,11 @@ import msgspec
 
 from common.audit_checkpoints import check_checkpoints
 from common.audit_rule import Facts, batch, facts_of
+from common.codec import Codec
 from common.errors import JournalError, WireError
 from common.journal import Position, read
 from common.records import Admit, AnyRecord, ConfigChange, Drop, Finish, Issue, Open, Ready, Step
-from common.wire import Codec, FromActor, Group, Ticket
+from common.wire import FromActor, Group, Ticket
 
 FATES = {"zero_variance", "stale", "invalid", "verifier_error", "truncated", "failed", "surplus"}
 TRAINABLE = ("main", "aux", "propose")

@@ -44,7 +44,7 @@ class Issue(Record, frozen=True, kw_only=True, tag="issue"):
 
 
 class Admit(Record, frozen=True, kw_only=True, tag="admit"):
-    """`frame` is the group's message as received (wire.Codec decodes it)."""
+    """`frame` is the group's message as received (codec.Codec decodes it)."""
 
     ticket: int
     frame: bytes

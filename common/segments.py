@@ -3,7 +3,7 @@
     <incarnation>-<number>.journal   magic (8 bytes), then records
     record                           u32 payload bytes · u64 xxh3-64 of (length + payload) · payload
     payload of an admitted group     b"A" · i64 ticket · f64 at · the group's frame as received
-    payload of anything else         b"R" · the record by wire.Codec
+    payload of anything else         b"R" · the record by codec.Codec
 
 Integers are little-endian. Behind the last good record bad bytes are a torn tail, which a crash in
 mid-write leaves, but only where a writer may have died: at an end that no successor has sealed.
@@ -20,10 +20,10 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
+from common.codec import Codec
 from common.errors import JournalError, WireError
 from common.records import Admit, AnyRecord, Open
 from common.runfolder import incarnation_of
-from common.wire import Codec
 
 MAGIC = b"ISENJ\x00\x00\x01"  # the last byte is the version of the format
 HEAD = struct.Struct("<IQ")

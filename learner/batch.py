@@ -25,9 +25,8 @@ import torch
 from common import wire
 from learner.attention import Packing
 from learner.item import Item
+from learner.reward import reward
 from learner.table import Static
-
-_PLAIN = wire.Grading()
 
 
 @dataclass(frozen=True)
@@ -71,16 +70,6 @@ class Micro:
     target: torch.Tensor  # int64 [T]
     temperature: torch.Tensor  # float32 [T]
     tokens: torch.Tensor  # int64 [T]: the tokens' lines in the table
-
-
-def reward(rollout: wire.Rollout, grading: wire.Grading = _PLAIN) -> float:
-    """Weighted sum of the parts of the last turn (the weights are the ticket's); the raw
-    correctness where nothing was graded in parts.
-    """
-    if not rollout.parts:
-        return rollout.correct
-    weights = {part.name: part.weight for part in grading.parts}
-    return math.fsum(weights.get(k, 1.0) * v for k, v in rollout.parts[-1].items())
 
 
 def flatten(items: Sequence[Item], version: int) -> Batch:

@@ -30,14 +30,15 @@ import msgspec
 import zmq
 
 from common import wire
+from common.codec import MAX_FRAME_BYTES, Codec
 from common.errors import WireError
 from common.failpoints import Failpoint
+from common.group_check import check_group
 from common.journal import Journal, Position
 from common.records import Admit, AnyRecord, Drop, Finish, Step
 from common.wire import (
     Answer,
     Bye,
-    Codec,
     Drain,
     Failure,
     FromActor,
@@ -99,7 +100,7 @@ class Desk:
         ledger: Ledger,
         prompts: Prompts,
         failpoint: Failpoint,
-        max_bytes: int = wire.MAX_FRAME_BYTES,
+        max_bytes: int = MAX_FRAME_BYTES,
     ) -> None:
         self.config = config
         self.incarnation = incarnation
@@ -372,7 +373,7 @@ class Desk:
             self._answer(peer, group.ticket, "duplicate")
         else:
             try:
-                wire.check_group(group, entry.ticket, self._vocab_size, self.ledger.t)
+                check_group(group, entry.ticket, self._vocab_size, self.ledger.t)
             except WireError as error:
                 self._answer(peer, group.ticket, "refused", str(error))
                 self._invalid(peer, actor, group.ticket, error)

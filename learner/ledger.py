@@ -18,10 +18,11 @@ from typing import Any
 import msgspec
 
 from common import wire
+from common.codec import Codec
 from common.errors import JournalError
 from common.journal import Position
 from common.records import Admit, AnyRecord, ConfigChange, Drop, Finish, Issue, Open, Step
-from common.wire import Codec, Group, Ticket
+from common.wire import Group, Ticket
 from learner.evaluation import Evaluation
 from learner.item import Item
 

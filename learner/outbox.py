@@ -21,10 +21,11 @@ from typing import Any
 
 import zmq
 
+from common.codec import Codec
 from common.failpoints import Failpoint
 from common.journal import DiskFull, Journal, Position
 from common.records import Admit, AnyRecord, Issue
-from common.wire import Answer, Codec, FromActor, Grant, Message
+from common.wire import Answer, FromActor, Grant, Message
 from learner.leases import Peer
 
 log = logging.getLogger("isentrope.desk")

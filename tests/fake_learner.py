@@ -20,12 +20,12 @@ from actor.engine.scripted import ScriptedEngine
 from actor.loop import serve
 from common import wire
 from common.channel import bind_router
+from common.codec import Codec
 from common.config import RunConfig
 from common.errors import ConfigError
 from common.versions import Registry
 from common.wire import (
     Answer,
-    Codec,
     FromActor,
     Grading,
     Grant,

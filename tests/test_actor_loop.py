@@ -15,6 +15,7 @@ from actor.engine.scripted import ScriptedEngine
 from actor.line import Line
 from common import wire
 from common.errors import DeadlineError, EngineError
+from common.group_check import check_group
 from common.recipe import digest
 from common.versions import Registry
 from common.wire import (
@@ -52,7 +53,7 @@ async def test_a_granted_ticket_comes_back_as_a_graded_group(stage: Stage) -> No
     assert (group.ticket, group.attempt, group.problem, group.actor) == (7, 0, "q", "bob")
     assert [r.correct for r in group.rollouts] == [0.0] * 3
     assert [r.parts for r in group.rollouts] == [({"correct": 0.0},)] * 3
-    wire.check_group(group, ticket(7, n=3, problem="q"), vocab_size=32, clock_version=0)
+    check_group(group, ticket(7, n=3, problem="q"), vocab_size=32, clock_version=0)
     assert list(desk.owed) == [7]
     await learner.ack(7)
     await asyncio.wait_for(desk.settled.wait(), 5)

@@ -10,10 +10,11 @@ from click.testing import CliRunner
 
 from common.audit import audit
 from common.audit_cli import audit as command
+from common.codec import Codec
 from common.journal import Journal, seal_of
 from common.records import Admit, AnyRecord, ConfigChange, Drop, Finish, Issue, Open, Step
 from common.versions import Tensor, digest
-from common.wire import Codec, FromActor, Group
+from common.wire import FromActor, Group
 from tests.builders import make_group, make_rollout, make_ticket
 
 LEARNER = {

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from learner.batch import flatten, pack, reward, split
+from learner.batch import flatten, pack, split
 from learner.item import Item
+from learner.reward import reward
 from tests.builders import make_group, make_rollout, make_segment, make_ticket
 
 

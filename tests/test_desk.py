@@ -13,6 +13,7 @@ import pytest
 import zmq
 
 from common import channel, wire
+from common.codec import Codec
 from common.failpoints import Failpoint
 from common.journal import Journal, read
 from common.records import Admit, AnyRecord, Drop, Issue, Open, Step
@@ -96,7 +97,7 @@ class Actor:
         self.socket = channel.connect_dealer(context, endpoint)
         self.socket.setsockopt(zmq.RCVTIMEO, 5000)
         self.name, self.pid = name, pid
-        self.codec = wire.Codec(wire.FromLearner)
+        self.codec = Codec(wire.FromLearner)
         self.put_by: list[Any] = []
 
     def say(self, message: wire.Message) -> None:

@@ -18,7 +18,8 @@ from actor.grade.pool import Pool
 from common import models
 from common.errors import DataError
 from common.failpoints import Failpoint
-from common.wire import Finish, GradePart, Grading, Sampling, Ticket, check_group
+from common.group_check import check_group
+from common.wire import Finish, GradePart, Grading, Sampling, Ticket
 from tests.builders import make_group, make_ticket
 
 TINY = models.find("tiny")

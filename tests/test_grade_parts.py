@@ -10,11 +10,12 @@ import pytest
 from common import recipe
 from common.errors import ConfigError
 from common.wire import GradePart, Grading
-from learner.batch import flatten, reward
+from learner.batch import flatten
 from learner.config import LearnerConfig, PromptsConfig
 from learner.item import Item
 from learner.prompts.source import Arithmetic
 from learner.prompts.stream import Prompts, parts_of
+from learner.reward import reward
 from tests.builders import make_group, make_rollout, make_ticket
 
 TWO = """

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from common import wire
+from common.codec import Codec
 from common.errors import JournalError
 from common.journal import Journal, Position, read
 from common.records import Admit, AnyRecord, Drop, Issue, Open, Step
@@ -18,7 +19,7 @@ from learner.inbox import select
 from learner.ledger import Ledger
 from tests.builders import make_group, make_ticket
 
-CODEC = wire.Codec(wire.FromActor)
+CODEC = Codec(wire.FromActor)
 CONFIG = LearnerConfig(groups_per_step=2, group_size=2, max_lag=1, refill_limit=4)
 
 

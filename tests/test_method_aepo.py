@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from common import recipe, wire
+from common.codec import Codec
 from common.config import RunConfig
 from common.errors import ConfigError
 from common.journal import read
@@ -264,7 +265,7 @@ def test_a_run_replays_and_resumes_to_the_same_bits_with_its_aux_groups(tmp_path
     assert len(warm) > 1
     for record in records:
         if isinstance(record, Admit) and record.ticket in aux:
-            group = wire.Codec(wire.FromActor).decode(record.frame)
+            group = Codec(wire.FromActor).decode(record.frame)
             told = {s.temperature for r in group.rollouts for s in r.segments}
             assert told == {issued[record.ticket].sampling.temperature}
     lines = read_metrics(folder)

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import wire
+from common.codec import Codec
 from common.errors import WireError
+from common.group_check import check_group
 from tests.builders import make_group, make_rollout, make_segment, make_ticket
 
-ACTOR, LEARNER = wire.Codec(wire.FromActor), wire.Codec(wire.FromLearner)
+ACTOR, LEARNER = Codec(wire.FromActor), Codec(wire.FromLearner)
 
 
 def same(a: object, b: object) -> bool:
@@ -114,13 +116,13 @@ def test_a_group_with_changed_bytes_gives_a_message_or_a_wire_error(data: st.Dat
     try:
         group = ACTOR.decode(frame[:cut])
         if isinstance(group, wire.Group):
-            wire.check_group(group, make_ticket(n=3), 32, 0)
+            check_group(group, make_ticket(n=3), 32, 0)
     except WireError:
         pass
 
 
 def test_an_oversized_message_is_refused_on_both_sides() -> None:
-    small = wire.Codec(wire.FromActor, max_bytes=300)
+    small = Codec(wire.FromActor, max_bytes=300)
     with pytest.raises(WireError, match="oversized"):
         small.encode(make_group([1] * 8))
     with pytest.raises(WireError, match="oversized"):
@@ -128,7 +130,7 @@ def test_an_oversized_message_is_refused_on_both_sides() -> None:
 
 
 def test_an_honest_group_passes() -> None:
-    wire.check_group(make_group([1, 0], version=3), make_ticket(), 32, 3)
+    check_group(make_group([1, 0], version=3), make_ticket(), 32, 3)
 
 
 @pytest.mark.parametrize(
@@ -199,16 +201,16 @@ LIES = {
 def test_a_group_that_lies_is_refused_by_name(reason: str) -> None:
     group = make_group([1, 0], **LIES[reason])
     with pytest.raises(WireError) as caught:
-        wire.check_group(group, make_ticket(), 32, 3)
+        check_group(group, make_ticket(), 32, 3)
     assert caught.value.reason == reason
 
 
 def test_a_correctness_that_is_no_number_is_refused() -> None:
     with pytest.raises(WireError, match="nan"):
-        wire.check_group(make_group([float("nan"), 0]), make_ticket(), 32, 0)
+        check_group(make_group([float("nan"), 0]), make_ticket(), 32, 0)
 
 
 def test_more_tokens_than_the_ticket_allows_are_refused() -> None:
     ticket = make_ticket(sampling=wire.Sampling(max_tokens=2))
     with pytest.raises(WireError, match="length"):
-        wire.check_group(make_group([1, 0]), ticket, 32, 0)
+        check_group(make_group([1, 0]), ticket, 32, 0)

@@ -46,9 +46,10 @@ from pathlib import Path
 from typing import Any
 
 from common import journal, metrics, models, recipe
+from common.codec import Codec
 from common.figures import BLUE, GREY, ORANGE, STYLE
 from common.records import Admit, Issue
-from common.wire import Codec, FromActor
+from common.wire import FromActor
 from learner.config import LearnerConfig
 from learner.prompts.arithmetic import draw
 from scripts.benches._peer_judge import GOAL, PROBLEMS, Curve, Judge, crossing

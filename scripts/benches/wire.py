@@ -34,6 +34,7 @@ import redis
 import zmq
 
 from common import channel, wire
+from common.codec import Codec
 from common.failpoints import Failpoint
 from common.journal import Journal
 from common.records import Open, Step
@@ -88,7 +89,7 @@ def group(ticket: int, problem: str, number: int = 0, run: str = "") -> wire.Gro
 
 
 def bench() -> dict[str, float]:
-    frame_bytes = len(wire.Codec(wire.FromActor).encode(group(1, "p")))
+    frame_bytes = len(Codec(wire.FromActor).encode(group(1, "p")))
     rounds: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(dir=os.environ.get("ISENTROPE_BENCH_DIR", ".")) as folder:
         server = RedisServer(Path(folder) / "redis")
@@ -265,7 +266,7 @@ def _begin() -> None:
 def _send_results(endpoint: str) -> None:
     """An actor whose engine is done with everything it was granted."""
     socket = channel.connect_dealer(zmq.Context(), endpoint)
-    ours, theirs = wire.Codec(wire.FromActor), wire.Codec(wire.FromLearner)
+    ours, theirs = Codec(wire.FromActor), Codec(wire.FromLearner)
     made = [group(0, "", number).rollouts for number in range(16)]
     hello = wire.Hello(protocol=wire.PROTOCOL, digest="", actor="bench", capacity=GROUPS)
     socket.send(ours.encode(hello))
@@ -311,7 +312,7 @@ def _acknowledged(message: wire.FromLearner) -> int:
 def _send_frames(endpoint: str) -> None:
     socket = zmq.Context().socket(zmq.PUSH)
     socket.connect(endpoint)
-    frame = bytes(wire.Codec(wire.FromActor).encode(group(1, "p")))
+    frame = bytes(Codec(wire.FromActor).encode(group(1, "p")))
     _begin()
     while True:
         socket.send(frame)
