@@ -25,6 +25,7 @@ from common.runfolder import RunFolder
 from common.versions import digest
 from learner import checkpoint, model
 from learner.config import LearnerConfig
+from learner.follow import followers
 from learner.inbox import Selection, select
 from learner.ledger import Ledger
 from learner.step import StepReport, TrainState, make_state, train_step
@@ -64,7 +65,7 @@ def catch_up(
     recorded. `on_batch` may do with the state what it likes if it leaves it as it was.
     """
     found = None if from_start else _from_checkpoint(folder, run, config)
-    past, start = found or (Past(make_state(run, config), Ledger(), config), None)
+    past, start = found or (Past(make_state(run, config), _ledger(run, config), config), None)
     machine: tuple[str, int, int] | None = _machine(folder.journal)
     for at, record in journal.read(folder.journal, start):
         if isinstance(record, Step):
@@ -106,7 +107,7 @@ def _from_checkpoint(
         fold = Ledger.peek(data)
         end = Position(*fold.end)
         records = journal.read(folder.journal, Position(*fold.oldest))
-        ledger = Ledger.restore(fold, _before(end, records))
+        ledger = Ledger.restore(fold, _before(end, records), followers(config, run.seed))
         kept = (
             msgspec.convert(ledger.learner_config, LearnerConfig)
             if ledger.learner_config
@@ -114,6 +115,10 @@ def _from_checkpoint(
         )
         return Past(state, ledger, kept), end
     return None
+
+
+def _ledger(run: RunConfig, config: LearnerConfig) -> Ledger:
+    return Ledger(followers=followers(config, run.seed))
 
 
 def _before(

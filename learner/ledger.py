@@ -24,6 +24,7 @@ from common.journal import Position
 from common.records import Admit, AnyRecord, ConfigChange, Drop, Finish, Issue, Open, Step
 from common.wire import Group, Ticket
 from learner.evaluation import Evaluation
+from learner.follow import Follower
 from learner.item import Item
 
 TERMINAL = {
@@ -94,6 +95,7 @@ class Fold(msgspec.Struct, kw_only=True):
     evaluations: dict[str, Evaluation]
     learner_config: dict[str, Any] | None = None
     finished: str = ""
+    followers: dict[str, bytes] = {}
 
 
 @dataclass(slots=True)
@@ -108,6 +110,7 @@ class Ledger:
     next_id: int = 0
     finished: str = ""
     learner_config: dict[str, Any] | None = None  # as the journal last said
+    followers: dict[str, Follower] = field(default_factory=dict)
     flying: Counter[str] = field(default_factory=Counter)  # tickets of each kind in flight
     _low: int = 0  # every id below is closed
     _closed: set[int] = field(default_factory=set)  # closed ids from _low on
@@ -120,11 +123,13 @@ class Ledger:
         """Fold one record in. `group` is the decoded frame of an Admit, where the caller has it
         already.
         """
+        entry: Entry | None = None
         match record:
             case Issue(ticket=ticket):
                 self._issue(ticket, at)
+                entry = self.open[ticket.id]
             case Admit(ticket=id_, frame=frame):
-                self._admit(id_, group or self._codec.decode(frame))
+                entry = self._admit(id_, group or self._codec.decode(frame))
             case Step(t=t, consumed=consumed, dropped=dropped):
                 self._step(t, consumed, dropped)
             case Drop(ticket=id_, reason=reason):
@@ -136,6 +141,8 @@ class Ledger:
                 self.finished = ""
             case ConfigChange(overrides=overrides):
                 self.learner_config = overrides.get("learner", self.learner_config)
+        for follower in self.followers.values():
+            follower.follow(record, entry)
 
     def is_closed(self, id_: int) -> bool:
         return id_ < self._low or id_ in self._closed
@@ -183,6 +190,7 @@ class Ledger:
             evaluations=self.evaluations,
             learner_config=self.learner_config,
             finished=self.finished,
+            followers={name: each.dump() for name, each in self.followers.items()},
         )
         return msgspec.msgpack.encode(fold)
 
@@ -195,7 +203,12 @@ class Ledger:
             raise JournalError(f"the checkpoint's fold is damaged: {error}") from None
 
     @classmethod
-    def restore(cls, fold: Fold, records: Iterable[tuple[Position, AnyRecord]]) -> Ledger:
+    def restore(
+        cls,
+        fold: Fold,
+        records: Iterable[tuple[Position, AnyRecord]],
+        followers: dict[str, Follower],
+    ) -> Ledger:
         """The ledger of a checkpoint. `records` are those from the fold's `oldest` up to its
         `end`.
         """
@@ -211,11 +224,15 @@ class Ledger:
             next_id=fold.next_id,
             finished=fold.finished,
             learner_config=fold.learner_config,
+            followers=followers,
             _low=fold.low,
             _closed=set(fold.closed),
             _admitted=fold.admitted,
             _sums=fold.sums,
         )
+        for name, follower in followers.items():
+            if name in fold.followers:
+                follower.restore(fold.followers[name])
         for at, record in records:
             if isinstance(record, Issue) and record.ticket.id in orders:
                 self.open[record.ticket.id] = Entry(record.ticket, at)
@@ -249,7 +266,7 @@ class Ledger:
         if ticket.kind == "eval":
             self.evaluations.setdefault(ticket.label, Evaluation()).issued.append(ticket.problem)
 
-    def _admit(self, id_: int, group: Group) -> None:
+    def _admit(self, id_: int, group: Group) -> Entry:
         entry = self.open.get(id_)
         if entry is None or entry.group is not None:
             raise JournalError(f"ticket {id_} is admitted twice, or was never issued")
@@ -263,6 +280,7 @@ class Ledger:
         elif entry.ticket.kind == "eval":
             self.evaluations[entry.ticket.label].add(group)
             self._close(id_, "evaluated")
+        return entry
 
     def _step(
         self, t: int, consumed: tuple[int, ...], dropped: tuple[tuple[int, str], ...]

@@ -4,7 +4,9 @@ fold.
 
 from __future__ import annotations
 
+import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,9 @@ from common.errors import JournalError
 from common.journal import Journal, Position, read
 from common.records import Admit, AnyRecord, Drop, Issue, Open, Step
 from learner.config import LearnerConfig
+from learner.follow import Follower
 from learner.inbox import select
-from learner.ledger import Ledger
+from learner.ledger import Entry, Ledger
 from tests.builders import make_group, make_ticket
 
 CODEC = Codec(wire.FromActor)
@@ -39,8 +42,8 @@ def admit(
 class Book:
     """A ledger beside a list of all that it was told."""
 
-    def __init__(self) -> None:
-        self.ledger = Ledger()
+    def __init__(self, **followers: Follower) -> None:
+        self.ledger = Ledger(followers=dict(followers))
         self.records: list[tuple[Position, AnyRecord]] = []
 
     def tell(self, *records: AnyRecord) -> None:
@@ -49,10 +52,10 @@ class Book:
             self.records.append((at, record))
             self.ledger.apply(record, at)
 
-    def restored(self) -> Ledger:
+    def restored(self, **followers: Follower) -> Ledger:
         fold = Ledger.peek(self.ledger.dump(Position("00000001-00000000", len(self.records))))
         first = fold.oldest[1]
-        return Ledger.restore(fold, self.records[first:])
+        return Ledger.restore(fold, self.records[first:], dict(followers))
 
 
 def test_every_fate_has_its_place_in_the_conservation_line() -> None:
@@ -148,6 +151,37 @@ def test_a_random_life_conserves_every_ticket_and_survives_restoring_at_any_mome
             assert again.dump(Position("x", 0)) == book.ledger.dump(Position("x", 0))
             book.ledger = again
     assert all(book.ledger.is_closed(i) != (i in book.ledger.open) for i in range(next_id))
+
+
+class Right:
+    """A follower: how many answers to each problem were right."""
+
+    def __init__(self) -> None:
+        self.right: Counter[str] = Counter()
+
+    def follow(self, record: AnyRecord, entry: Entry | None) -> None:
+        if isinstance(record, Admit):
+            assert entry is not None
+            rollouts = entry.item.group.rollouts
+            self.right[entry.ticket.problem] += sum(rollout.correct > 0 for rollout in rollouts)
+
+    def dump(self) -> bytes:
+        return json.dumps(self.right).encode()
+
+    def restore(self, data: bytes) -> None:
+        self.right = Counter(json.loads(data))
+
+
+def test_a_follower_sees_every_group_once_and_comes_back_with_a_checkpoint() -> None:
+    live, again = Right(), Right()
+    book = Book(right=live)
+    book.tell(*(issue(i) for i in range(3)), issue(3, "eval", label="before"))
+    book.tell(admit(0), admit(1, (1, 1)), admit(3, (1, 1), "eval"))
+    book.tell(Step(t=0, version=1, digest="", consumed=(0,), dropped=((1, "zero_variance"),)))
+    restored = book.restored(right=again)
+    assert live.right == again.right == {"p": 5}
+    restored.apply(admit(2), Position("00000001-00000000", 99))
+    assert (again.right["p"], live.right["p"]) == (6, 5)
 
 
 def test_folding_the_journal_from_disk_gives_the_same_ledger(tmp_path: Path) -> None:
