@@ -12,7 +12,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import cast
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -33,8 +35,10 @@ class SoftState:
         self.run_id = run_id
         self.timeout_s = timeout_s
         try:
+            address, password = _secret(url)
             self.client = redis.Redis.from_url(
-                url,
+                address,
+                password=password,
                 protocol=2,
                 socket_timeout=timeout_s,
                 socket_connect_timeout=timeout_s,
@@ -106,6 +110,23 @@ class SoftState:
             if silent:
                 self.client.srem(self.key("live"), *silent)
         return {name: what for name, what in zip(names, said, strict=True) if what is not None}
+
+
+def _secret(url: str) -> tuple[str, str | None]:
+    """`url` without `password_file`, and the password that this file holds (its last line end cut
+    off): so neither a recipe nor a list of processes shows it. Raises ConfigError (why only).
+    """
+    parts = urlsplit(url)
+    options = parse_qs(parts.query, keep_blank_values=True)
+    path = options.pop("password_file", [""])[0]
+    if not path:
+        return url, None
+    try:
+        password = Path(path).expanduser().read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ConfigError(f"cannot read password_file {path}: {why}") from None
+    return parts._replace(query=urlencode(options, doseq=True)).geturl(), password
 
 
 def _place(client: redis.Redis) -> str:

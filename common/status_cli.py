@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError, DataError, DeadlineError
 from common.options import existing_run
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from common.status import Status
 
 WATCH_S = 1.0
+ALIVE_S = 600.0  # a learner says something after every step, and while it waits
 
 
 @click.command()
@@ -24,10 +25,20 @@ WATCH_S = 1.0
 @click.option("--redis", "redis_url", metavar="URL", help="Ask this Redis instead of a run folder.")
 @click.option("--watch", is_flag=True, help="Once a second, until Ctrl-C or the end of the run.")
 @click.option("--json", "as_json", is_flag=True, help="The status as one JSON line.")
-def status(run_folder: Path | None, redis_url: str | None, watch: bool, as_json: bool) -> None:
+@click.option(
+    "--alive",
+    metavar="NAME",
+    help='Only whether "learner" (also by RUN) or "actor:…" lives: exit code 0, else 1.',
+)
+def status(
+    run_folder: Path | None, redis_url: str | None, watch: bool, as_json: bool, alive: str | None
+) -> None:
     """Show what a run is doing: RUN is its folder."""
     if (run_folder is None) == (redis_url is None):
         raise click.UsageError("give either RUN or --redis URL")
+    if alive is not None:
+        click.echo(_alive(alive, run_folder, redis_url))
+        return
     if run_folder is not None:
         existing_run(run_folder)
     if as_json:
@@ -55,6 +66,31 @@ def _json(run_folder: Path | None, redis_url: str | None) -> str:
     if found is None:
         raise DataError(f"{run_folder}: the learner has not said anything yet")
     return encode(found).decode()
+
+
+def _alive(name: str, run_folder: Path | None, redis_url: str | None) -> str:
+    """A line that says so; raises DeadlineError when it does not. For health checks."""
+    from common import status as pictures
+
+    if run_folder is not None:
+        if name != "learner":
+            raise ConfigError(f"--alive {name}: RUN knows of its learner only; give --redis URL")
+        last = pictures.read(run_folder)
+        silent_s = time.time() - last.at if last is not None else ALIVE_S
+        if silent_s >= ALIVE_S:
+            raise DeadlineError(f"{run_folder}: no word of the learner for {ALIVE_S:.0f} s or more")
+        return f"{name} lives"
+    from common.softstate import SoftState
+
+    soft = SoftState(str(redis_url), "*", timeout_s=5.0)
+    try:
+        with soft.asking(f"look for {name}"):
+            found = next(iter(soft.client.scan_iter(soft.key(f"live:{name}"), count=1000)), None)
+    finally:
+        soft.close()
+    if found is None:
+        raise DeadlineError(f"{name} has said nothing in Redis lately")
+    return f"{name} lives"
 
 
 def _picture(
