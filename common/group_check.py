@@ -1,4 +1,4 @@
-"""Whether a group that an actor sent can be true: shape, tokens, versions, rewards."""
+"""Whether a group that an actor sent can be true: shape, turns, tokens, versions, rewards."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from common.episodes import PLAIN, Episode
 from common.errors import WireError
 from common.wire import Columns, Group, Rollout, Segment, Ticket
 
@@ -20,10 +21,13 @@ def check_group(group: Group, ticket: Ticket, vocab_size: int, clock_version: in
         raise WireError("mismatch", f"ticket {ticket.id} asks {ticket.kind} {ticket.problem!r}")
     if len(group.rollouts) != ticket.n:
         raise WireError("count", f"{len(group.rollouts)} rollouts for a ticket of {ticket.n}")
-    segments = [segment for rollout in group.rollouts for segment in rollout.segments]
+    rollouts, episode = group.all, ticket.episode or PLAIN
+    segments = [segment for rollout in rollouts for segment in rollout.segments]
     for rollout in group.rollouts:
-        _check_length(rollout.segments, ticket.sampling.max_tokens)
-    _check_rewards(group.rollouts)
+        _check_length(rollout.segments, ticket.sampling.max_tokens, episode.turns)
+    if group.hinted:
+        _check_hinted(group.hinted, ticket, episode)
+    _check_rewards(rollouts, episode.turns)
     _check_spans(segments, clock_version)
     columns = group.columns
     if columns.rollouts is not group.rollouts:  # it was made here, not received
@@ -50,18 +54,25 @@ def _check_logps(logps: np.ndarray) -> None:
         raise WireError("logprob", "a log-probability above 0")
 
 
-def _check_rewards(rollouts: tuple[Rollout, ...]) -> None:
+def _check_rewards(rollouts: tuple[Rollout, ...], turns: int) -> None:
     graded = [rollout for rollout in rollouts if not rollout.error]
     numbers = [value for r in graded for part in r.parts for value in part.values()]
     if not all(map(math.isfinite, [*numbers, *[rollout.correct for rollout in graded]])):
         raise WireError("nan", "a part of the reward is not a number")
+    if turns > 1 and any(len(r.parts) != r.turn + 1 for r in graded):
+        raise WireError("parts", "a rollout has not one map of rewards a turn")
 
 
-def _check_length(segments: tuple[Segment, ...], max_tokens: int) -> None:
-    """Of one rollout: arrays of one size, no more sampled tokens than its turns may have."""
+def _check_length(
+    segments: tuple[Segment, ...], max_tokens: int, turns: int, answers: int = 0
+) -> None:
+    """Of one rollout: arrays of one size, turns that rise and that the ticket asks for, no more
+    sampled tokens than those may have (or so many `answers` of one turn), none trained on that
+    nobody sampled.
+    """
     if not segments:
         raise WireError("empty", "a rollout without a segment")
-    sampled, turns = 0, 1
+    sampled = turn = 0
     for segment in segments:
         size, mask = segment.tokens.size, segment.mask
         if segment.logps.size != size or (mask is not None and mask.size != size):
@@ -70,12 +81,27 @@ def _check_length(segments: tuple[Segment, ...], max_tokens: int) -> None:
             raise WireError("length", sizes)
         if not 0 < segment.temperature < math.inf:
             raise WireError("temperature", f"{segment.temperature}")
+        if segment.turn != turn:
+            if not turn < segment.turn < turns:
+                raise WireError("turn", f"{segment.turn} after {turn}; the ticket has {turns}")
+            turn = segment.turn
         if segment.role == "policy":
             sampled += size
-        if segment.turn >= turns:
-            turns = segment.turn + 1
-    if sampled > max_tokens * turns:
+        elif mask is not None and mask.any():
+            raise WireError("mask", f"a {segment.role} segment has tokens to train on")
+    if sampled > max_tokens * (answers or turn + 1):
         raise WireError("length", f"{sampled} sampled tokens; the ticket allows {max_tokens}")
+
+
+def _check_hinted(hinted: tuple[Rollout, ...], ticket: Ticket, episode: Episode) -> None:
+    """At most one for each rollout, each with hints in it, as many and as long as was asked."""
+    if episode.intervene is None or len(hinted) > ticket.n:
+        raise WireError("hints", f"{len(hinted)} hinted rollouts that the ticket does not ask for")
+    for rollout in hinted:
+        sizes = [s.tokens.size for s in rollout.segments if s.role == "hint"]
+        if not 1 <= len(sizes) <= episode.hints or max(sizes) > episode.intervene.hint_tokens:
+            raise WireError("hints", f"hints of {sizes} tokens")
+        _check_length(rollout.segments, ticket.sampling.max_tokens, 1, 1 + len(sizes))
 
 
 def _check_spans(segments: list[Segment], clock_version: int) -> None:

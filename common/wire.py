@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import numpy as np
 
+from common.episodes import Episode
+
 PROTOCOL = 1
 
 Kind = Literal["main", "aux", "eval", "propose", "score"]
@@ -52,6 +54,7 @@ class GradePart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, g
     grader: str
     weight: float = 1.0
     options: dict[str, Any] = {}
+    gated: bool = False  # counts only where the answer is right
 
 
 class Grading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
@@ -78,6 +81,8 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=F
     label: str = ""  # which evaluation an eval ticket belongs to
     min_version: int = 0
     cursor: int = -1  # position in the prompt stream; -1 for a prompt asked again
+    episode: Episode | None = None  # what comes after the first answer; None: nothing
+    question: str = ""  # the problem's own words, where others may be made from it
 
     def __post_init__(self) -> None:
         check_array("prompt", self.prompt, I4)
@@ -130,11 +135,19 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     parts: tuple[dict[str, float], ...] = ()
     error: str = ""  # why the grader gave no verdict; then `correct` means nothing
     timings: dict[str, float] = {}
+    flaws: tuple[str, ...] = ()  # why each hint was given …
+    clean: bool = True  # … and whether nothing was found any more after the last one
+    events: dict[str, int] = {}  # what went wrong with those who were asked about it, by name
 
     @property
     def length(self) -> int:
         """Number of trainable (policy) tokens."""
         return sum(int(s.loss_mask.sum()) for s in self.segments)
+
+    @property
+    def turn(self) -> int:
+        """Number of its last turn, from 0."""
+        return self.segments[-1].turn
 
     @property
     def oldest_version(self) -> int:
@@ -199,10 +212,10 @@ class Columns:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def deal(self, rollouts: tuple[Rollout, ...]) -> None:
+    def deal(self, rollouts: tuple[Rollout, ...], hinted: tuple[Rollout, ...] = ()) -> None:
         """Give every segment its part. Raises ValueError when they do not add up."""
         tokens, logps, i, j = self.tokens, self.logps, 0, 0
-        for rollout in rollouts:
+        for rollout in (*rollouts, *hinted):
             for segment in rollout.segments:
                 m: Any = segment.tokens  # on the wire a segment says only how many are its
                 n: Any = segment.logps
@@ -228,13 +241,19 @@ class Group(Message, frozen=True, kw_only=True, tag="group"):
     source: str = ""
     actor: str = ""
     timings: dict[str, float] = {}
+    hinted: tuple[Rollout, ...] = ()  # beside them, with hints in: never part of a baseline
     columns: Columns = msgspec.field(default_factory=Columns)  # last: encoded after the segments
 
     def __post_init__(self) -> None:
         if self.columns.received and not self.columns.rollouts:
-            self.columns.deal(self.rollouts)
-        elif any(isinstance(s.tokens, int) for r in self.rollouts for s in r.segments):
+            self.columns.deal(self.rollouts, self.hinted)
+        elif any(isinstance(s.tokens, int) for r in self.all for s in r.segments):
             raise ValueError("a group without columns")
+
+    @property
+    def all(self) -> tuple[Rollout, ...]:
+        """Every rollout, in the order of the columns."""
+        return (*self.rollouts, *self.hinted) if self.hinted else self.rollouts
 
 
 class Failure(Message, frozen=True, kw_only=True, tag="failure"):
