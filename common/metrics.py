@@ -31,6 +31,7 @@ GLOSSARY: dict[str, str] = {
     "correct": "share of the rollouts of the batch that are correct",
     "length": "mean length of the responses of the batch (tokens)",
     "truncated": "share of the responses that ended at max_tokens",
+    "overlong": "mean penalty on long answers; share of the answers left out of the loss as cut",
     "entropy": "mean entropy of the policy at the tokens of the batch (nats per token)",
     "loss": "value of the training loss; its gradient matters, its value rarely does",
     "grad_norm": "norm of the gradient before clipping",

@@ -12,6 +12,7 @@ from common.errors import ConfigError
 from learner.methods import AnyMethod
 from learner.methods.base import asks
 from learner.methods.base import check as check_methods
+from learner.overlong import OverlongConfig
 
 
 class PartConfig(Section, frozen=True, kw_only=True):
@@ -90,6 +91,7 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
         16.0  # × groups_per_step main groups a step at most
     )
     drop_truncated: bool = False
+    overlong: OverlongConfig | None = None
 
     # the update
     advantage: Literal["grpo", "dr_grpo", "rloo", "psr_nsr"] = "grpo"
@@ -160,6 +162,7 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
             f'aggregation = "{self.aggregation}": gspo counts sequences; take "seq_mean"',
         )
         self._check_correction()
+        self._check_overlong()
         need(
             self.lease_s > 3 * self.heartbeat_s,
             f"lease_s = {self.lease_s:g}: must be longer than three heartbeats "
@@ -170,6 +173,18 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
         need(
             self.n_aux > 0 or not asking,
             f"n_aux = 0: {asking!r} asks for aux groups; take 1 or more",
+        )
+
+    def _check_overlong(self) -> None:
+        buffer = None if self.overlong is None else self.overlong.buffer
+        need(
+            buffer is None or buffer <= self.max_tokens,
+            f"overlong.buffer = {buffer}: more than max_tokens = {self.max_tokens}",
+        )
+        need(
+            buffer is None or self.advantage != "psr_nsr",
+            "overlong.buffer: psr_nsr learns from the raw correctness, which has no penalty; "
+            "leave it out",
         )
 
     def _check_correction(self) -> None:
