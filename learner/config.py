@@ -2,69 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
-from common import grading
 from common.config import NaturalInt, NotNegative, Positive, PositiveInt, Section, Share, need
-from common.errors import ConfigError
 from learner.methods import AnyMethod
 from learner.methods.base import asks
 from learner.methods.base import check as check_methods
 from learner.overlong import OverlongConfig
-
-
-class PartConfig(Section, frozen=True, kw_only=True):
-    """One part of the reward, which is the sum of weight × score over the parts."""
-
-    name: str
-    grader: str = "exact"
-    weight: float = 1.0
-    options: dict[str, Any] = {}
-
-
-class PromptsConfig(Section, frozen=True, kw_only=True):
-    source: Literal["arithmetic", "jsonl", "parquet", "saved", "reasoning_gym"] = "arithmetic"
-    path: str = ""  # jsonl, parquet: the file; saved: the folder that `save_to_disk` wrote
-    heldout_path: str = ""  # held-out rows; "": a tenth of the questions of `path`
-    prompt_column: str = "prompt"  # "a.b": field b of column a
-    answer_column: str = "answer"
-    task: str = ""  # reasoning_gym: its name …
-    options: dict[str, Any] = {}  # … and what it takes
-    chat: bool | Literal["auto"] = "auto"  # by the model's chat template; auto: if it has one
-    system: str = ""  # what the chat begins with; "": what the template says
-    instruction: str = ""  # a line behind every question
-    prefill: str = ""  # what every answer begins with, before the first sampled token
-    grader: str = "exact"
-    grader_options: dict[str, Any] = {}
-    parts: tuple[PartConfig, ...] = ()  # in place of `grader`; the first is the raw correctness
-
-    def check(self) -> None:
-        files = self.source in ("jsonl", "parquet", "saved")
-        gym = self.source == "reasoning_gym"
-        need(not files or self.path != "", f'path is empty: source "{self.source}" reads it')
-        need(files or not self.path, f'path: source "{self.source}" reads no file')
-        need(files or not self.heldout_path, f'heldout_path: source "{self.source}" reads no file')
-        need(not gym or self.task != "", 'task is empty: source "reasoning_gym" makes it')
-        need(gym or not self.task, f'task: source "{self.source}" has none')
-        need(gym or not self.options, f'options: source "{self.source}" takes none')
-        self._check_grading()
-
-    def _check_grading(self) -> None:
-        need(
-            not self.parts or (self.grader == "exact" and not self.grader_options),
-            "parts: they take the place of `grader` and `grader_options`; leave these out",
-        )
-        names = [part.name for part in self.parts]
-        need(all(names), "parts: every part needs a name")
-        need(len(set(names)) == len(names), f"parts: a name comes twice among {', '.join(names)}")
-        graders = [(part.grader, part.options) for part in self.parts]
-        for grader, options in graders or [(self.grader, self.grader_options)]:
-            try:
-                grading.check(grader, options)
-            except ConfigError as error:
-                raise ConfigError(f"{'parts' if self.parts else 'grader'}: {error}") from None
+from learner.prompts.config import PromptsConfig
+from learner.synthesis.config import SynthesisConfig
+from learner.tuning import ClasspConfig, KappaConfig
 
 
 class EvalConfig(Section, frozen=True, kw_only=True):
@@ -76,6 +25,14 @@ class EvalConfig(Section, frozen=True, kw_only=True):
     every: NaturalInt = 0  # steps between evaluations during training; 0: only before and after
     first: bool = True  # before the first step, at exactly version 0
     last: bool = True  # after the last step, at exactly the final version
+
+
+class RanksConfig(Section, frozen=True, kw_only=True):
+    """A learner of several processes (`torchrun -m learner`), each with a slice of the model."""
+
+    count: PositiveInt = 1  # processes that `isentrope run` starts
+    recompute: bool = False  # activation checkpointing: layers keep only their inputs
+    timeout_s: Positive = 300.0  # silence of a rank after which all end
 
 
 class LearnerConfig(Section, frozen=True, kw_only=True):
@@ -116,6 +73,8 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
     betas: tuple[Share, Share] = (0.9, 0.95)
     grad_clip: Positive = 1.0
     methods: tuple[AnyMethod, ...] = ()
+    kappa_tune: KappaConfig | None = None
+    classp: ClasspConfig | None = None  # in place of AdamW
 
     # the machine
     device: str = "auto"
@@ -124,6 +83,7 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
     tokens_per_micro: PositiveInt = 8192  # tokens of one packed micro-batch
     head_chunk: PositiveInt = 1024  # tokens whose logits exist at once
     realised_every: NaturalInt = 10  # steps between measurements of the realised entropy change
+    ranks: RanksConfig | None = None
 
     # the run folder
     checkpoint_every: PositiveInt = 10
@@ -140,6 +100,7 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
 
     prompts: PromptsConfig = PromptsConfig()
     eval: EvalConfig = EvalConfig()
+    synthesis: SynthesisConfig | None = None
     tensorboard: bool = False
 
     def check(self) -> None:

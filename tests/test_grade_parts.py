@@ -11,8 +11,9 @@ from common import recipe
 from common.errors import ConfigError
 from common.wire import GradePart, Grading
 from learner.batch import flatten
-from learner.config import LearnerConfig, PromptsConfig
+from learner.config import LearnerConfig
 from learner.item import Item
+from learner.prompts.config import PromptsConfig
 from learner.prompts.source import Arithmetic
 from learner.prompts.stream import Prompts, parts_of
 from learner.reward import reward

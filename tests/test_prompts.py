@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.errors import DataError
-from learner.config import PromptsConfig
+from learner.prompts.config import PromptsConfig
 from learner.prompts.chat import Renderer
 from learner.prompts.source import Problem
 from learner.prompts.stream import Prompts

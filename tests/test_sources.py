@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from common.errors import DataError
-from learner.config import PromptsConfig
+from learner.prompts.config import PromptsConfig
 from learner.prompts.source import Source, open_source
 
 Row = dict[str, Any]

@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import DataError
 from common.plain import rebuilt
-from learner.config import PromptsConfig
+from learner.prompts.config import PromptsConfig
 from learner.prompts.source import Source, open_source
 
 SMALL = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.errors import DataError
-from learner.config import PromptsConfig
+from learner.prompts.config import PromptsConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -24,7 +24,7 @@ import xxhash
 
 from common.errors import DataError
 from common.plain import plain
-from learner.config import PromptsConfig
+from learner.prompts.config import PromptsConfig
 from learner.prompts.source import Problem
 
 log = logging.getLogger("isentrope.prompts")

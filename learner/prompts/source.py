@@ -11,8 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from learner.config import PromptsConfig
 from learner.prompts import arithmetic
+from learner.prompts.config import PromptsConfig
 
 
 class Problem(NamedTuple):

@@ -12,8 +12,8 @@ import numpy as np
 
 from common.errors import DataError
 from common.wire import GradePart, Grading, Sampling
-from learner.config import PromptsConfig
 from learner.prompts.chat import Renderer
+from learner.prompts.config import PromptsConfig
 from learner.prompts.source import Problem, Source
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Draft(NamedTuple):
     template: str
     source: str
     cursor: int
+    text: str = ""  # the problem's own words
 
 
 class Prompts:
