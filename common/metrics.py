@@ -88,6 +88,7 @@ GLOSSARY: dict[str, str] = {
     "discriminator_drift": "mean S − N under the weights applied for staleness, by lag",
     "off_policy": "the same over all, in its deviations; beyond ±0.1: alarm",
     "entropy_bonus": "coefficient of the entropy bonus",
+    "proposer_reward": "mean reward of the proposals trained on",
     "aux_rollouts": "rollouts of aux tickets in the batch",
     "aux_reward": "their mean reward",
     "aux_correct": "share of them that are correct",

@@ -4,7 +4,9 @@ folds over these.
 open      a learner process began to write: who it is, with what configuration, on what torch
 issue     a ticket exists (durable before it is sent)
 admit     a group as it was received, byte for byte (durable before the acknowledgement)
-ready     the score of a proposal is known
+proposal  a proposed problem moved on: extracted, labelled, scored, active | rejected, expired
+ready     the proposer's rewards are known: its group may be trained on
+halt      nothing is proposed any more, and why
 step      step t consumed these tickets and dropped those, and made this version
 drop      a ticket ends for a reason that no batch decided (failed, surplus)
 config    from step t on these overrides hold
@@ -13,7 +15,7 @@ finish    the run is over
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -51,9 +53,35 @@ class Admit(Record, frozen=True, kw_only=True, tag="admit"):
     at: float = 0.0
 
 
-class Ready(Record, frozen=True, kw_only=True, tag="ready"):
+class Proposal(Record, frozen=True, kw_only=True, tag="proposal"):
+    """What rollout `rollout` of propose ticket `ticket` proposed is `state` from here on.
+
+    A state comes with what it found out: `text` and `parent` with extracted; `gold`, `origin` (who
+    says that it is right) and `audit` (a second opinion on it, "" for those not drawn) with
+    labelled; `p` (share of right answers to it) with scored.
+    """
+
     ticket: int
-    score: float
+    rollout: int
+    state: Literal["extracted", "labelled", "scored", "active", "rejected", "expired"]
+    reason: str = ""
+    text: str = ""
+    parent: str = ""  # the problem that it was made from
+    gold: str = ""
+    origin: str = ""
+    audit: Literal["", "right", "wrong"] = ""
+    p: float | None = None
+
+
+class Ready(Record, frozen=True, kw_only=True, tag="ready"):
+    """`scores`: the reward of every rollout of propose ticket `ticket`."""
+
+    ticket: int
+    scores: tuple[float, ...] = ()
+
+
+class Halt(Record, frozen=True, kw_only=True, tag="halt"):
+    reason: str
 
 
 class Step(Record, frozen=True, kw_only=True, tag="step"):
@@ -83,4 +111,4 @@ class Finish(Record, frozen=True, kw_only=True, tag="finish"):
     reason: str
 
 
-AnyRecord = Open | Issue | Admit | Ready | Step | Drop | ConfigChange | Finish
+AnyRecord = Open | Issue | Admit | Proposal | Ready | Halt | Step | Drop | ConfigChange | Finish

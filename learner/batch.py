@@ -1,7 +1,7 @@
 """Groups become rows, rows become packed micro-batches. Pure, vectorised, no padding.
 
     items ── flatten ──▶ Batch     every rollout one row (prompt + segments), in canonical order:
-                                   main rows before aux rows, then ticket, then rollout
+                                   main, propose, aux rows, then ticket, then rollout
     lengths ── split ──▶ micros    row numbers of each micro-batch, under a token budget,
                                    balanced by Σ length²
     Batch, rows ── pack ──▶ Micro  sequences laid end to end, positions restart, attention sees
@@ -25,16 +25,19 @@ import torch
 from common import wire
 from learner.attention import Packing
 from learner.item import Item
-from learner.reward import reward
+from learner.reward import Score, scores
 from learner.table import Static
+
+_RANK = {"main": 0, "eval": 0, "score": 0, "propose": 1, "aux": 2}  # order within a batch
 
 
 @dataclass(frozen=True)
 class Batch:
     """All rows of a step. R rows, S fed tokens, T table tokens; every array in canonical order."""
 
-    items: tuple[Item, ...]  # main before aux, by ticket id; group g of the table is items[g]
+    items: tuple[Item, ...]  # main, propose, aux, by ticket id; group g of the table is items[g]
     main_groups: int
+    compared_groups: int  # main and propose: their rewards are compared, within each group
     ids: np.ndarray  # int64 [S]: what the model is fed
     lengths: np.ndarray  # int64 [R]: fed tokens of each row
     starts: np.ndarray  # int64 [R]: where a row begins in `ids`
@@ -72,9 +75,11 @@ class Micro:
     tokens: torch.Tensor  # int64 [T]: the tokens' lines in the table
 
 
-def flatten(items: Sequence[Item], version: int) -> Batch:
-    """The batch of `items` for training parameters of `version`, in whatever order they come."""
-    order = tuple(sorted(items, key=lambda item: (item.ticket.kind == "aux", item.ticket.id)))
+def flatten(items: Sequence[Item], version: int, score: Score = scores) -> Batch:
+    """The batch of `items` for training parameters of `version`, in whatever order they come;
+    `score` says what each rollout of a group is worth.
+    """
+    order = tuple(sorted(items, key=lambda item: (_RANK[item.ticket.kind], item.ticket.id)))
     rows = [(g, i) for g, item in enumerate(order) for i in range(len(item.group.rollouts))]
     rollouts = [order[g].group.rollouts[i] for g, i in rows]
     parts = _parts(order, rows)
@@ -94,15 +99,14 @@ def flatten(items: Sequence[Item], version: int) -> Batch:
     versions = _join([p.versions for p in parts], np.int64)
     return Batch(
         items=order,
-        main_groups=sum(item.ticket.kind != "aux" for item in order),
+        main_groups=sum(item.ticket.kind not in ("aux", "propose") for item in order),
+        compared_groups=sum(item.ticket.kind != "aux" for item in order),
         ids=flat_ids[np.arange(flat_ids.size) - begins[row_of] < fed[row_of]],
         lengths=fed,
         starts=_starts(fed),
         row_group=groups,
-        reward=np.array(
-            [reward(r, order[g].ticket.grading) for r, (g, _) in zip(rollouts, rows, strict=True)],
-            np.float64,
-        ),
+        # proposals are not graded: their scores came later, with the ticket's `ready` record
+        reward=np.array([r for item in order for r in item.scores or score(item)], np.float64),
         correct=np.array([r.correct for r in rollouts], np.float64),
         row_lag=np.array([max(0, version - r.oldest_version) for r in rollouts], np.int64),
         row_prompt=np.array([order[g].ticket.prompt.size for g, _ in rows], np.int64),

@@ -4,6 +4,10 @@ The main part of step t is the first `groups_per_step` usable main groups in adm
 on the way to them that are not usable are dropped, each by its reason. When `refill_limit` ×
 `groups_per_step` main groups since the last step were not enough, the step trains on those usable
 among them; with none, the run is over: the task is solved, or the run is stuck.
+
+Beside them come aux groups and then proposers' groups, so many a step at most, that came in before
+the last of the main ones: a proposer's group comes in when its scores do (its `ready` record). Each
+kind has a lag limit of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from learner.ledger import Entry, Ledger
 
 
 class Selection(NamedTuple):
-    """`items` in batch order (main, then aux); empty items: there is nothing to train on."""
+    """`items` in batch order (main, aux, propose); empty items: there is nothing to train on."""
 
     t: int
     items: tuple[Item, ...]
@@ -39,7 +43,7 @@ class Selection(NamedTuple):
 
 def defect(group: Group, config: LearnerConfig) -> str:
     """Why no step can use this group, "" when one can. Depends on nothing but the group."""
-    if any(rollout.error for rollout in group.rollouts):
+    if group.kind != "propose" and any(rollout.error for rollout in group.rollouts):
         return "verifier_error"
     if config.drop_truncated and all(rollout.finish == "length" for rollout in group.rollouts):
         return "truncated"
@@ -55,7 +59,14 @@ def fate(entry: Entry, t: int, config: LearnerConfig) -> str:
     """
     if entry.verdict is None or entry.verdict[0] is not config:
         entry.verdict = config, defect(entry.item.group, config)
-    return entry.verdict[1] or ("stale" if t - entry.oldest > config.max_lag else "")
+    limit = lag_limit(entry.ticket.kind, config)
+    return entry.verdict[1] or ("stale" if t - entry.oldest > limit else "")
+
+
+def lag_limit(kind: str, config: LearnerConfig) -> int:
+    if kind == "propose" and config.synthesis is not None:
+        return config.synthesis.lag_limit(config.max_lag)
+    return config.max_lag
 
 
 class Usable:
@@ -91,11 +102,17 @@ def select(ledger: Ledger, config: LearnerConfig, usable: int | None = None) -> 
     if len(main) < config.groups_per_step and seen < limit:
         return None
     last = max((entry.order for entry in main), default=-1)
-    before = [entry for entry in ledger.buffered("aux") if entry.order < last]
-    aux, stale, _ = _first_usable(before, config.n_aux, t, config)
-    gone = tuple(dropped + stale)
-    refused = tuple(ledger.open[id_].item.group for id_, _ in gone)
-    return Selection(t, tuple(entry.item for entry in [*main, *aux]), gone, refused)
+    for kind, most in (("aux", config.n_aux), ("propose", proposers(config))):
+        before = [entry for entry in ledger.buffered(kind) if entry.order < last]
+        more, stale, _ = _first_usable(before, most, t, config)
+        main, dropped = main + more, dropped + stale
+    refused = tuple(ledger.open[id_].item.group for id_, _ in dropped)
+    return Selection(t, tuple(entry.item for entry in main), tuple(dropped), refused)
+
+
+def proposers(config: LearnerConfig) -> int:
+    """Proposer groups of one step at most."""
+    return config.synthesis.proposers if config.synthesis else 0
 
 
 def _first_usable(

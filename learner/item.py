@@ -10,3 +10,4 @@ from common.wire import Group, Ticket
 class Item(NamedTuple):
     ticket: Ticket
     group: Group
+    scores: tuple[float, ...] = ()  # of a propose group: the rewards, known later than the group

@@ -1,7 +1,8 @@
 """Every ticket's state, as a fold over the journal: `apply` is the only way it changes.
 
      issue ──▶ open ──▶ admit ──▶ buffered ──▶ step ──▶ trained | dropped: zero_variance | stale | …
-                 └──▶ drop: failed | surplus          (eval: admit ──▶ evaluated)
+                 └──▶ drop: failed | surplus          (eval: admit ──▶ evaluated, score: ──▶ scored)
+                          (propose: admit ──▶ buffered ──▶ ready ──▶ step)
 
 At every instant, for every kind: issued = trained + evaluated + dropped (by reason) + buffered + in
 flight. Who holds which ticket just now is not here (leases.py): that may be forgotten, this may
@@ -21,7 +22,17 @@ from common import wire
 from common.codec import Codec
 from common.errors import JournalError
 from common.journal import Position
-from common.records import Admit, AnyRecord, ConfigChange, Drop, Finish, Issue, Open, Step
+from common.records import (
+    Admit,
+    AnyRecord,
+    ConfigChange,
+    Drop,
+    Finish,
+    Issue,
+    Open,
+    Ready,
+    Step,
+)
 from common.wire import Group, Ticket
 from learner.evaluation import Evaluation
 from learner.follow import Follower
@@ -38,13 +49,16 @@ TERMINAL = {
 
 @dataclass(slots=True)
 class Entry:
-    """An open ticket. `order` counts admissions, -1 before its own."""
+    """An open ticket. `order` is its place among the groups that came in, -1 before it has one: a
+    propose group comes in with its scores, which are known later than the group.
+    """
 
     ticket: Ticket
     issued_at: Position
     group: Group | None = None
     order: int = -1
     oldest: int = -1  # version of the group's oldest token
+    scores: tuple[float, ...] = ()
     verdict: tuple[object, str] | None = None  # inbox.py's memory of (config, defect)
 
     def admit(self, group: Group, order: int) -> None:
@@ -55,7 +69,7 @@ class Entry:
     @property
     def item(self) -> Item:
         assert self.group is not None, f"ticket {self.ticket.id} has no group yet"
-        return Item(self.ticket, self.group)
+        return Item(self.ticket, self.group, self.scores)
 
 
 class Sums(msgspec.Struct, kw_only=True):
@@ -89,9 +103,10 @@ class Fold(msgspec.Struct, kw_only=True):
     admitted: int
     main: list[int]
     aux: list[int]
+    propose: list[int] = []
     again: list[int]  # tickets whose prompts are to be asked again …
     again_frames: list[bytes]  # … which are closed, so they are kept here
-    open: list[tuple[int, int]]  # (id, admission order)
+    open: list[tuple[int, int]]  # (id, order)
     evaluations: dict[str, Evaluation]
     learner_config: dict[str, Any] | None = None
     finished: str = ""
@@ -103,6 +118,7 @@ class Ledger:
     open: dict[int, Entry] = field(default_factory=dict)
     main: list[int] = field(default_factory=list)  # admitted, not yet consumed, in admission order
     aux: list[int] = field(default_factory=list)
+    propose: list[int] = field(default_factory=list)  # ready, not yet consumed, as they became it
     again: list[Ticket] = field(default_factory=list)  # dropped as stale: their prompts come first
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     t: int = 0  # steps done
@@ -130,10 +146,13 @@ class Ledger:
                 entry = self.open[ticket.id]
             case Admit(ticket=id_, frame=frame):
                 entry = self._admit(id_, group or self._codec.decode(frame))
+            case Ready(ticket=id_, scores=scores):
+                self._ready(id_, scores)
             case Step(t=t, consumed=consumed, dropped=dropped):
                 self._step(t, consumed, dropped)
             case Drop(ticket=id_, reason=reason):
                 self._close(id_, reason)
+                self._leave({id_})
             case Finish(reason=reason):
                 self.finished = reason
             case Open(config=config):
@@ -152,7 +171,8 @@ class Ledger:
 
     def buffered(self, kind: str, first: int = 0) -> list[Entry]:
         """In admission order, from the `first` on."""
-        return [self.open[id_] for id_ in (self.main if kind == "main" else self.aux)[first:]]
+        ids = {"main": self.main, "aux": self.aux, "propose": self.propose}[kind]
+        return [self.open[id_] for id_ in ids[first:]]
 
     def sums(self) -> dict[str, Sums]:
         """A conservation line for every kind seen; buffered and in flight are counted, not
@@ -184,6 +204,7 @@ class Ledger:
             admitted=self._admitted,
             main=self.main,
             aux=self.aux,
+            propose=self.propose,
             again=[ticket.id for ticket in self.again],
             again_frames=[bytes(self._tickets.encode(ticket)) for ticket in self.again],
             open=[(id_, entry.order) for id_, entry in self.open.items()],
@@ -217,6 +238,7 @@ class Ledger:
         self = cls(
             main=fold.main,
             aux=fold.aux,
+            propose=fold.propose,
             again=[codec.decode(frame) for frame in fold.again_frames],
             evaluations=fold.evaluations,
             t=fold.t,
@@ -236,9 +258,11 @@ class Ledger:
         for at, record in records:
             if isinstance(record, Issue) and record.ticket.id in orders:
                 self.open[record.ticket.id] = Entry(record.ticket, at)
-            elif isinstance(record, Admit) and orders.get(record.ticket, -1) >= 0:
+            elif isinstance(record, Admit) and record.ticket in self.open:
                 entry = self.open[record.ticket]
                 entry.admit(self._codec.decode(record.frame), orders[record.ticket])
+            elif isinstance(record, Ready) and record.ticket in self.open:
+                self.open[record.ticket].scores = record.scores
         self.flying.update(entry.ticket.kind for entry in self.in_flight())
         missing = [
             i
@@ -260,8 +284,9 @@ class Ledger:
         self.flying[ticket.kind] += 1
         self.next_id = max(self.next_id, ticket.id + 1)
         self.cursor = max(self.cursor, ticket.cursor + 1)
-        if ticket.parent is not None:
-            self.again = [old for old in self.again if old.id != ticket.parent]
+        if ticket.kind == "main" and ticket.parent is not None:
+            same = (ticket.parent, ticket.problem)  # not one that was made from it
+            self.again = [old for old in self.again if (old.id, old.problem) != same]
         self._sums.setdefault(ticket.kind, Sums()).issued += 1
         if ticket.kind == "eval":
             self.evaluations.setdefault(ticket.label, Evaluation()).issued.append(ticket.problem)
@@ -270,17 +295,30 @@ class Ledger:
         entry = self.open.get(id_)
         if entry is None or entry.group is not None:
             raise JournalError(f"ticket {id_} is admitted twice, or was never issued")
-        entry.admit(group, self._admitted)
-        self._admitted += 1
-        self.flying[entry.ticket.kind] -= 1
-        if entry.ticket.kind == "main":
+        kind = entry.ticket.kind
+        entry.admit(group, -1 if kind == "propose" else self._admitted)
+        self._admitted += kind != "propose"
+        self.flying[kind] -= 1
+        if kind == "main":
             self.main.append(id_)
-        elif entry.ticket.kind == "aux":
+        elif kind == "aux":
             self.aux.append(id_)
-        elif entry.ticket.kind == "eval":
+        elif kind == "score":
+            self._close(id_, "scored")
+        elif kind == "eval":
             self.evaluations[entry.ticket.label].add(group)
             self._close(id_, "evaluated")
         return entry
+
+    def _ready(self, id_: int, scores: tuple[float, ...]) -> None:
+        entry = self.open.get(id_)
+        if entry is None or entry.group is None or entry.scores or entry.ticket.kind != "propose":
+            raise JournalError(f"ticket {id_} is ready, but no propose group that waits for it")
+        if len(scores) != len(entry.group.rollouts):
+            raise JournalError(f"ticket {id_} is ready with {len(scores)} scores")
+        entry.scores, entry.order = scores, self._admitted
+        self._admitted += 1
+        self.propose.append(id_)
 
     def _step(
         self, t: int, consumed: tuple[int, ...], dropped: tuple[tuple[int, str], ...]
@@ -293,10 +331,13 @@ class Ledger:
             self._close(id_, reason)
         for id_ in consumed:
             self._close(id_, TERMINAL[self.open[id_].ticket.kind])
-        gone = {*consumed, *(id_ for id_, _ in dropped)}
+        self._leave({*consumed, *(id_ for id_, _ in dropped)})
+        self.t = t + 1
+
+    def _leave(self, gone: set[int]) -> None:
         self.main = [id_ for id_ in self.main if id_ not in gone]
         self.aux = [id_ for id_ in self.aux if id_ not in gone]
-        self.t = t + 1
+        self.propose = [id_ for id_ in self.propose if id_ not in gone]
 
     def _close(self, id_: int, fate: str) -> None:
         entry = self.open.pop(id_, None)

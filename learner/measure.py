@@ -187,7 +187,9 @@ def off_policy_alarm(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def rollouts_by_lag(batch: Batch) -> Metrics:
-    """Reward and length of the main rollouts, by rollout lag; reward of the aux rollouts."""
+    """Reward and length of the main rollouts, by rollout lag; reward of proposals, and of the aux
+    rollouts.
+    """
     main = batch.row_group < batch.main_groups
     lag = torch.from_numpy(batch.row_lag[main])
     n = _sums(torch.ones(len(lag)), lag)
@@ -198,11 +200,15 @@ def rollouts_by_lag(batch: Batch) -> Metrics:
         "reward_by_lag": _named(_sums(reward, lag) / n, n > 0),
         "length_by_lag": _named(_sums(length, lag) / n, n > 0),
     }
-    if not main.all():
-        asked = [i.ticket.sampling.temperature for i in batch.items[batch.main_groups :]]
-        found["aux_rollouts"] = float((~main).sum())
-        found["aux_reward"] = float(batch.reward[~main].mean())
-        found["aux_correct"] = float(batch.correct[~main].mean())
+    aux = batch.row_group >= batch.compared_groups
+    proposed = ~main & ~aux
+    if proposed.any():
+        found["proposer_reward"] = float(batch.reward[proposed].mean())
+    if aux.any():
+        asked = [i.ticket.sampling.temperature for i in batch.items[batch.compared_groups :]]
+        found["aux_rollouts"] = float(aux.sum())
+        found["aux_reward"] = float(batch.reward[aux].mean())
+        found["aux_correct"] = float(batch.correct[aux].mean())
         found["aux_temperature"] = math.fsum(asked) / len(asked)
     return found
 
