@@ -37,9 +37,14 @@ class Keys(NamedTuple):
 
 
 def bind_router(
-    context: zmq.Context[S], endpoint: str, keys: Keys | None = None, max_bytes: int = 64 << 20
+    context: zmq.Context[S],
+    endpoint: str,
+    keys: Keys | None = None,
+    max_bytes: int = 64 << 20,
+    answers: int = ANSWERS_HIGH_WATER,
 ) -> tuple[S, str]:
     """The learner's socket and the endpoint really bound (port `*` or 0 is the kernel's choice).
+    `answers`: how many are queued for one peer at most.
 
     Raises ConfigError: the endpoint is in use or unusable, or leaves loopback without keys.
     """
@@ -47,7 +52,7 @@ def bind_router(
     socket = context.socket(zmq.ROUTER)
     _configure(socket, max_bytes)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    socket.setsockopt(zmq.SNDHWM, ANSWERS_HIGH_WATER)
+    socket.setsockopt(zmq.SNDHWM, answers)
     try:
         if keys is not None:
             _admit(context, keys.peers)

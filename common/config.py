@@ -37,7 +37,7 @@ class RunConfig(Section, frozen=True, kw_only=True):
     model: str = "tiny"  # a Hugging Face model folder, or the name of a shipped model
     seed: NaturalInt = 0
     weights_dtype: Literal["fp32", "bf16"] = "fp32"  # of published versions
-    store: str = "redis"  # where blobs of versions live: "redis", or "file:FOLDER"
+    store: str = "redis"  # where blobs of versions live: "redis", "file:FOLDER", "learner[:PORT]"
     max_frame_mb: Annotated[int, msgspec.Meta(ge=1, le=2048)] = 64
     redis: str = "redis://127.0.0.1:6379/0"
     learner: str = "tcp://127.0.0.1:5555"
@@ -47,8 +47,8 @@ class RunConfig(Section, frozen=True, kw_only=True):
     def check(self) -> None:
         need(self.model != "", "model is empty: give a model folder or the name of a shipped one")
         need(
-            self.store == "redis" or (self.store.startswith("file:") and self.store != "file:"),
-            f'store = "{self.store}": expected "redis" or "file:FOLDER"',
+            re.fullmatch(r"redis|file:.+|learner(:\d+)?", self.store) is not None,
+            f'store = "{self.store}": expected "redis", "file:FOLDER", "learner" or "learner:PORT"',
         )
         need(
             self.redis.startswith(("redis://", "rediss://", "unix://")),
