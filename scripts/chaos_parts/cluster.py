@@ -1,0 +1,150 @@
+"""The processes of one cluster: started, killed, stopped, started again, and never left behind.
+
+Whatever ends without having been killed here is a violation, and is started again all the same.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.process import kill_session, spawn
+
+PAUSE_S = (0.3, 3.0)  # before a member is started again: at first, at most
+LEAVE_S = 20.0  # for a member that was asked to leave
+
+
+@dataclass
+class Member:
+    """One process and its successors. `command` maps the number of the life to a command line."""
+
+    name: str
+    command: Callable[[int], list[str]]
+    log: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    lives: int = 0
+    process: subprocess.Popen[bytes] | None = None
+    due: float | None = None  # when to start it (monotonic)
+    expected: str = ""  # why it may end just now
+    stopped: bool = False
+    _log_start: int = 0
+
+    @property
+    def up(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def start(self) -> None:
+        self.due, self.expected, self.stopped = None, "", False
+        self._log_start = self.log.stat().st_size if self.log.exists() else 0
+        self.process = spawn(self.command(self.lives), self.log)
+        self.lives += 1
+
+    def signal(self, number: int) -> bool:
+        if self.process is None or self.process.poll() is not None:
+            return False
+        self.process.send_signal(number)
+        return True
+
+    def last_words(self) -> str:
+        """The last line of this life."""
+        with self.log.open("rb") as log:
+            log.seek(self._log_start)
+            lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
+        return next((line for line in reversed(lines) if line), "it said nothing")
+
+    def parts(self) -> list[int]:
+        """Process ids of what it started itself: an engine, graders."""
+        if self.process is None:
+            return []
+        try:
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+            return [int(pid) for pid in children.read_text().split()]
+        except OSError:
+            return []
+
+
+class Cluster:
+    """`tolerated` says whether a member may end with these last words just now."""
+
+    def __init__(self, tolerated: Callable[[Member, str], bool]) -> None:
+        self.members: dict[str, Member] = {}
+        self.violations: list[str] = []
+        self.ends: Counter[str] = Counter()  # ends that were tolerated, by member
+        self.restarting = True
+        self._tolerated = tolerated
+
+    def add(self, member: Member, start_in_s: float = 0.0) -> None:
+        self.members[member.name] = member
+        member.due = time.monotonic() + start_in_s
+
+    def __getitem__(self, name: str) -> Member:
+        return self.members[name]
+
+    def tick(self) -> None:
+        """Notice who ended, start who is due."""
+        now = time.monotonic()
+        for member in self.members.values():
+            if member.process is not None and member.process.poll() is not None:
+                self._ended(member)
+            if member.due is not None and now >= member.due and self.restarting:
+                member.start()
+
+    def kill(self, name: str) -> bool:
+        """SIGKILL, to a stopped process as well."""
+        member = self.members[name]
+        member.expected = member.expected or "killed"
+        return member.signal(signal.SIGKILL)
+
+    def stop(self, name: str) -> bool:
+        member = self.members[name]
+        member.stopped = member.signal(signal.SIGSTOP)
+        return member.stopped
+
+    def go_on(self, name: str) -> None:
+        member = self.members[name]
+        member.stopped = False
+        member.signal(signal.SIGCONT)
+
+    def leave(self, name: str) -> bool:
+        member = self.members[name]
+        if member.stopped:
+            return False
+        member.expected = member.expected or "asked to leave"
+        return member.signal(signal.SIGTERM)
+
+    def kill_part(self, name: str, choice: int) -> bool:
+        parts = self.members[name].parts()
+        if not parts:
+            return False
+        os.kill(sorted(parts)[choice % len(parts)], signal.SIGKILL)
+        return True
+
+    def close(self) -> None:
+        """Kill by process id, sessions and all."""
+        self.restarting = False
+        for member in self.members.values():
+            if member.process is not None:
+                member.signal(signal.SIGKILL)
+                kill_session(member.process)
+                member.process = None
+
+    def _ended(self, member: Member) -> None:
+        process, member.process = member.process, None
+        assert process is not None
+        kill_session(process)
+        if not member.expected:
+            words = member.last_words()
+            if self._tolerated(member, words):
+                self.ends[member.name] += 1
+            else:
+                self.violations.append(
+                    f"{member.name} ended by itself (exit {process.returncode}): {words[:300]}"
+                )
+        shortest, longest = PAUSE_S
+        member.due = time.monotonic() + min(longest, shortest * (1 + member.lives))

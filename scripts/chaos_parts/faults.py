@@ -1,0 +1,109 @@
+"""Faults happen and are healed again: who does what to whom."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from chaos_parts.plan import Fault
+from chaos_parts.stage import Stage
+
+VANDAL = Path(__file__).resolve().parent / "vandal.py"
+COUNTED = {  # kind's first word: the number it adds to
+    "kill": "kills",
+    "stop": "stops",
+    "cut": "cuts",
+    "slow": "slowed",
+    "fill": "fills",
+    "corrupt": "corruptions",
+    "leave": "leaves",
+}
+
+
+class Faults:
+    def __init__(self, stage: Stage, note: Callable[[str], None]) -> None:
+        self.counts: Counter[str] = Counter(dict.fromkeys(COUNTED.values(), 0))
+        self.missed = 0  # whom there was nobody to strike
+        self._stage, self._note = stage, note
+        self._healing: list[tuple[float, str, str]] = []  # when, kind, target
+        self._vandals: list[subprocess.Popen[bytes]] = []
+
+    def strike(self, fault: Fault) -> None:
+        if self._struck(fault):
+            self.counts[COUNTED[fault.kind.split()[0]]] += 1
+            lasting = f" for {fault.seconds:.1f} s" if fault.seconds else ""
+            self._note(f"{fault.kind} ({fault.target}){lasting}")
+        else:
+            self.missed += 1
+
+    def heal(self, everything: bool = False) -> None:
+        """What is over by now, or all of it."""
+        now = time.monotonic()
+        over = [each for each in self._healing if everything or each[0] <= now]
+        for each in over:
+            self._healing.remove(each)
+            self._heal(*each[1:])
+        self._vandals = [v for v in self._vandals if v.poll() is None]
+
+    def close(self) -> None:
+        for vandal in self._vandals:
+            vandal.kill()
+            vandal.wait()
+
+    def _struck(self, fault: Fault) -> bool:
+        cluster, target = self._stage.cluster, fault.target
+        act, _, whom = fault.kind.partition(" ")
+        if self._is_ailing(act, target):
+            return False
+        if act == "kill":
+            done = cluster.kill_part(target, fault.seed) if whom == "part" else cluster.kill(target)
+        elif act == "leave":
+            return cluster.leave(target)
+        elif act == "stop":
+            done = cluster.stop(target)
+        elif act == "corrupt":
+            return self._vandalise(whom, fault.seed)
+        elif act == "fill":
+            done = self._fill()
+        else:
+            getattr(self._stage.ground, act)(target)
+            done = True
+        if done and fault.seconds:
+            self._healing.append((time.monotonic() + fault.seconds, act, target))
+        return done
+
+    def _is_ailing(self, act: str, target: str) -> bool:
+        """The same again, or a link that is cut or slow already."""
+        links = ("cut", "slow")
+        ill = {kind for _, kind, who in self._healing if who == target or kind == "fill" == act}
+        return act in ill or (act in links and bool(ill.intersection(links)))
+
+    def _fill(self) -> bool:
+        self._stage.disk_was_full = True
+        self._stage.disk.fill()
+        return True
+
+    def _heal(self, act: str, target: str) -> None:
+        if act == "stop":
+            self._stage.cluster.go_on(target)
+        elif act == "fill":
+            self._stage.disk.empty()
+        else:
+            self._stage.ground.heal(target)
+        self._note(f"healed: {act} ({target})")
+
+    def _vandalise(self, what: str, seed: int) -> bool:
+        stage = self._stage
+        where = {"message": stage.endpoint, "file": stage.store.removeprefix("file:")}
+        keys = [stage.keys["actor"]] if what == "message" else []
+        words = [sys.executable, str(VANDAL), what, where.get(what, stage.redis_url), str(seed)]
+        with (stage.logs / "vandal.log").open("ab") as log:
+            vandal = subprocess.Popen(
+                stage.ground.enter("vandal", [*words, *keys]), stdout=log, stderr=log
+            )
+        self._vandals.append(vandal)
+        return True

@@ -1,0 +1,172 @@
+"""What a chaos run consists of: hosts, a disk, and the command lines of a whole cluster on them."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from chaos_parts import hosts
+from chaos_parts.cluster import Cluster, Member
+from chaos_parts.disk import Disk
+
+from common import keys
+from common.redis_server import binary
+from common.status import Status
+from common.status import read as read_status
+
+HERE = Path(__file__).resolve().parent
+RECIPE = """\
+[run]
+model = "tiny"
+weights_dtype = "bf16"
+store = "{store}"
+
+[actor]
+threads = 1
+grade_workers = 1
+slots = 8
+engine_restarts = 50
+
+[actor.scripted]
+tokens_per_s = 100.0
+
+[learner]
+steps = 1000000
+groups_per_step = 8
+group_size = 4
+max_tokens = 32
+max_lag = 2
+lr = 1e-5
+warmup_steps = 5
+checkpoint_every = 10
+keep_checkpoints = 3
+keep_versions = 3
+realised_every = 25
+lease_s = 10.0
+threads = 1
+
+[learner.prompts]
+source = "arithmetic"
+grader = "python:actor.grade.coin:coin"
+
+[learner.eval]
+problems = 8
+every = 40
+first = false
+last = false
+"""
+
+
+class Stage:
+    """Everything that has to be taken down again; `close` does, whatever happened."""
+
+    def __init__(
+        self, work: Path, name: str, actors: int, *, loopback: bool, minutes: float
+    ) -> None:
+        self.work, self.left_out = work, list[str]()
+        self.actors = [f"actor-{i}" for i in range(actors)]
+        self._stack = ExitStack()
+        places = ["learner", "redis", "vandal", *self.actors]
+        self.ground, why = hosts.choose(name, places, wanted=not loopback)
+        self._stack.callback(self.ground.close)
+        if why:
+            self.left_out.append(f"cut, slow ({why})")
+        self.disk = Disk(work / "disk", int(192 + 48 * minutes))
+        self.keep: Path | None = None
+        self._stack.callback(lambda: self.disk.close(self.keep))
+        if not self.disk.fillable:
+            self.left_out.append("fill (mounting a small disk is not permitted)")
+        self.run_folder = self.disk.folder / "run"
+        self.cluster = Cluster(self._tolerated)
+        self._stack.callback(self.cluster.close)
+        self.disk_was_full = False  # within this life of the learner
+        self.store = "redis"
+        self._prepare()
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def status(self) -> Status | None:
+        return read_status(self.run_folder)
+
+    def step(self) -> int:
+        status = self.status()
+        return status.step if status is not None else -1
+
+    def acked(self) -> set[int]:
+        """Tickets whose results actors saw acknowledged."""
+        files = self.work.glob("*.acked")
+        return {int(line) for file in files for line in file.read_text().split()}
+
+    # ---- command lines ---------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        self.recipe = self.work / "chaos.toml"
+        self.recipe.write_text(RECIPE.format(store=self.store))
+        self.logs = self.work / "logs"
+        self.logs.mkdir(exist_ok=True)
+        self._password, self._redis_port = secrets.token_urlsafe(12), self.ground.port(6379)
+        (self.work / "password").write_text(self._password)
+        redis = f"{self.ground.address('redis')}:{self._redis_port}"
+        self.redis_url = f"redis://{redis}/0?password_file={self.work / 'password'}"
+        self.endpoint = f"tcp://{self.ground.address('learner')}:{self.ground.port(5555)}"
+        self.keys: dict[str, str] = {"learner": "", "actor": ""}
+        if self.ground.cuttable:  # hosts of their own: only with keys
+            keys.make(self.work / "keys")
+            self.keys = {who: str(self.work / "keys" / f"{who}.json") for who in self.keys}
+
+    def populate(self) -> None:
+        """Half of the actors are scripted and remember what was acknowledged, half have a model;
+        the last one joins late."""
+        self.cluster.add(self._member("redis", lambda life: self._redis()))
+        self.cluster.add(self._member("learner", self._learner))
+        for index, name in enumerate(self.actors):
+            late_s = 30.0 if index == len(self.actors) - 1 > 1 else 0.0
+            make = self._witness if index % 2 == 0 else self._actor
+            self.cluster.add(self._member(name, lambda life, n=name, m=make: m(n)), late_s)
+
+    def _member(self, name: str, command: object) -> Member:
+        assert callable(command)
+        return Member(
+            name, lambda life: self.ground.enter(name, command(life)), self.logs / f"{name}.log"
+        )
+
+    def _redis(self) -> list[str]:
+        options = {
+            "bind": self.ground.address("redis"),
+            "port": str(self._redis_port),
+            "requirepass": self._password,
+            "protected-mode": "yes",
+            "save": "",
+            "appendonly": "no",
+            "dir": str(self.work),
+        }
+        return [str(binary()), *(word for k, v in options.items() for word in (f"--{k}", v))]
+
+    def _learner(self, life: int) -> list[str]:
+        self.disk_was_full = False
+        resume = ["--resume"] if (self.run_folder / "run.json").exists() else []
+        return self.learner_command(self.run_folder, *resume)
+
+    def learner_command(self, folder: Path, *more: str) -> list[str]:
+        words = [sys.executable, "-P", "-m", "learner", str(self.recipe)]
+        return [*words, "--run-folder", str(folder), *self._ends("learner"), *more]
+
+    def _actor(self, name: str) -> list[str]:
+        words = [sys.executable, "-P", "-m", "actor", str(self.recipe), "--name", name]
+        return [*words, *self._ends("actor"), "-s", "actor.engine=torch"]
+
+    def _witness(self, name: str) -> list[str]:
+        acked = self.work / f"{name}.acked"
+        words = [sys.executable, str(HERE / "witness.py"), str(self.recipe), name, str(acked)]
+        return [*words, *self._ends("actor"), "-s", "actor.engine=scripted"]
+
+    def _ends(self, side: str) -> list[str]:
+        values = {"learner": self.endpoint, "redis": self.redis_url, "keys": self.keys[side]}
+        return [part for k, v in values.items() for part in ("-s", f'run.{k}="{v}"')]
+
+    def _tolerated(self, member: Member, words: str) -> bool:
+        """A learner that is started on a full disk has nowhere to say that it lives."""
+        return member.name == "learner" and self.disk_was_full and "space" in words.lower()

@@ -1,0 +1,131 @@
+"""The end of a chaos run: is everything counted, was anything trained twice, are the bits the same?
+
+Said by the product's own commands in fresh processes, and by a reading of the journal of our own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from chaos_parts.stage import Stage
+
+from common.journal import read
+from common.records import Admit, Step
+
+ISENTROPE = str(Path(sys.executable).parent / "isentrope")
+
+
+def judge(stage: Stage, seconds: float) -> tuple[dict[str, Any], list[str]]:
+    """Numbers, and violations. `seconds`: how long the run was; recomputing it may take as much."""
+    patience_s = 120.0 + 3 * seconds
+    audit, wrong = _audit(stage.run_folder)
+    sums = audit.get("sums", {}).values()
+    steps = int(audit.get("steps", 0))
+    admitted, trained = _journal(stage.run_folder)
+    lost = len(stage.acked() - admitted)
+    duplicates = sum(count - 1 for count in trained.values())
+    if lost:
+        wrong.append(f"{lost} results were acknowledged and are not in the journal")
+    replayed = _replay(stage, steps, patience_s)
+    resumed = _resume(stage, steps, replayed.get("digest", ""), patience_s)
+    wrong += [*replayed["wrong"], *resumed]
+    gap = sum(_issued(each) - _accounted(each) for each in sums)
+    numbers = {
+        "issued": sum(each["issued"] for each in sums),
+        "trained": sum(each["trained"] for each in sums),
+        "dropped": sum(sum(each["dropped"].values()) for each in sums),
+        "steps": steps,
+        "incarnations": audit.get("incarnations", 0),
+        "acknowledged": len(stage.acked()),
+        "duplicates_trained": duplicates,
+        "lost": lost + abs(gap),
+        "resumed_bit_equal": not replayed["wrong"] and not resumed,
+    }
+    return numbers, wrong
+
+
+def _audit(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    done = _run([ISENTROPE, "audit", str(folder), "--json"], 300.0)
+    if not done.stdout.strip():
+        return {}, [f"isentrope audit said nothing (exit {done.returncode}): {done.stderr[-300:]}"]
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found, [f"audit: {violation}" for violation in found["violations"]]
+
+
+def _issued(kind: dict[str, Any]) -> int:
+    return int(kind["issued"])
+
+
+def _accounted(kind: dict[str, Any]) -> int:
+    """Every ticket of a kind has one fate."""
+    ended = kind["trained"] + kind["evaluated"] + kind["scored"] + sum(kind["dropped"].values())
+    return int(ended + kind["buffered"] + kind["in_flight"])
+
+
+def _journal(folder: Path) -> tuple[set[int], Counter[int]]:
+    """Tickets admitted, and how often each was trained on."""
+    admitted, trained = set[int](), Counter[int]()
+    for _, record in read(folder / "journal"):
+        if isinstance(record, Admit):
+            admitted.add(record.ticket)
+        elif isinstance(record, Step):
+            trained.update(record.consumed)
+    return admitted, trained
+
+
+def _replay(stage: Stage, steps: int, patience_s: float) -> dict[str, Any]:
+    """Every step again from the first one, without checkpoints."""
+    done = _run([ISENTROPE, "replay", str(stage.run_folder), "--json"], patience_s)
+    if done.returncode:
+        return {"wrong": [f"replay failed: {_last(done)}"]}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    whole = found["steps"] == found["equal"] == steps
+    found["wrong"] = [] if whole else [f"replay: {found['equal']} of {steps} steps are bit-equal"]
+    return found
+
+
+def _resume(stage: Stage, steps: int, digest: str, patience_s: float) -> list[str]:
+    """A copy that lost its newest checkpoint goes on in a fresh process, to where the run was."""
+    copy = stage.work / "resumed"
+    shutil.copytree(stage.run_folder, copy)
+    newest = max((copy / "checkpoints").glob("step-*"), default=None)
+    if newest is None:
+        return ["there is no checkpoint to resume from"]
+    shutil.rmtree(newest)
+    command = stage.learner_command(copy, "--resume", "-s", f"learner.steps={steps}")
+    done = _run(stage.ground.enter("learner", command), patience_s)
+    wrong = [f"resume failed: {_last(done)}"] if done.returncode else []
+    if "approximate" in done.stderr:
+        wrong.append("resume was approximate, not bit-equal")
+    elif digest and not done.returncode and _digest(copy) != digest:
+        wrong.append("the resumed parameters are not those of the replay")
+    wrong += [f"after the resume: {violation}" for violation in _audit(copy)[1]]
+    if not wrong:
+        shutil.rmtree(copy)
+    return wrong
+
+
+def _digest(folder: Path) -> str:
+    """Of the parameters after the last step: the digest in its record."""
+    last = [record for _, record in read(folder / "journal") if isinstance(record, Step)][-1]
+    return last.digest
+
+
+def _run(command: list[str], patience_s: float) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=patience_s, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 124, "", f"no end within {patience_s:.0f} s")
+
+
+def _last(done: subprocess.CompletedProcess[str]) -> str:
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return f"exit {done.returncode}: {lines[-1][:300] if lines else 'it said nothing'}"
