@@ -10,17 +10,24 @@ two loops.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import threading
+import time
 from typing import Any, NamedTuple, TypeVar
 
 import zmq
 
 from common.errors import ConfigError
 
+log = logging.getLogger("isentrope.channel")
+
 HIGH_WATER = 512  # messages queued a peer; credits bound the work, this a peer that went mad
 ANSWERS_HIGH_WATER = 16_384  # to one actor: small ones, at most two for each of its credits
 HEARTBEAT_MS = 2_000
 DEAD_MS = 6_000  # a peer that answered no ZMTP ping for so long is gone
+HANDSHAKE_MS = 10_000  # who has not introduced itself by then is cut off, and its descriptor free
+SAY_S = 30.0  # between two lines about strangers
+BACKLOG = 1_024  # connections that wait to be accepted: a flood of them does not push actors out
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # fixed by ZeroMQ's RFC 27
 
 S = TypeVar("S", bound=zmq.Socket)  # type: ignore[type-arg]
@@ -52,6 +59,7 @@ def bind_router(
     socket = context.socket(zmq.ROUTER)
     _configure(socket, max_bytes)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.BACKLOG, BACKLOG)
     socket.setsockopt(zmq.SNDHWM, answers)
     try:
         if keys is not None:
@@ -111,6 +119,7 @@ def _configure(socket: Any, max_bytes: int) -> None:
     # Beyond this ZeroMQ drops the connection unread. Twice the limit: a message somewhat too long
     # still reaches the codec, which refuses it by name, and the connection lives.
     socket.setsockopt(zmq.MAXMSGSIZE, 2 * max_bytes)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, DEAD_MS)
     socket.setsockopt(zmq.HEARTBEAT_TTL, DEAD_MS)
@@ -154,16 +163,39 @@ def _admit(context: zmq.Context[Any], allowed: tuple[bytes, ...]) -> None:
 
 
 def _answer_zap(socket: zmq.Socket[bytes], allowed: frozenset[bytes]) -> None:
+    """300 in place of 400: ZeroMQ then closes the connection without a word, so that a stranger
+    cannot tell a key that is not listed from a network that fails."""
+    strangers = Strangers()
     try:
         while True:
-            version, request, _domain, _address, _identity, mechanism, *credentials = (
+            version, request, _domain, address, _identity, mechanism, *credentials = (
                 socket.recv_multipart()
             )
             known = mechanism == b"CURVE" and _z85(credentials) in allowed
-            verdict = (b"200", b"OK") if known else (b"400", b"unknown public key")
+            verdict = (b"200", b"OK") if known else (b"300", b"")
+            if not known:
+                strangers.note(address.decode(errors="replace"), time.monotonic())
             socket.send_multipart([version, request, *verdict, b"", b""])
     except zmq.ContextTerminated:
         socket.close(0)
+
+
+class Strangers:
+    """Says in the log that unlisted keys knock, at most once in `SAY_S` seconds."""
+
+    def __init__(self) -> None:
+        self._count, self._say_at = 0, 0.0
+
+    def note(self, address: str, now: float) -> None:
+        self._count += 1
+        if now >= self._say_at:
+            self._say_at = now + SAY_S
+            log.warning(
+                "refused a key that is not listed (%d so far, the last from %s); if it is one of "
+                "ours: isentrope keys, and start the learner again",
+                self._count,
+                address,
+            )
 
 
 def _z85(credentials: list[bytes]) -> bytes:

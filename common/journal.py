@@ -29,7 +29,7 @@ from common.segments import (
     segments,
 )
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _IOV_MAX = 1024  # pieces that one call takes on Linux
 _sync = getattr(os, "fdatasync", os.fsync)  # either makes the size of a grown file durable
 
@@ -163,7 +163,7 @@ class Journal:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             sync_folder(self.folder)
         except OSError as error:
-            if error.errno in _NO_SPACE:
+            if error.errno in NO_SPACE:
                 raise DiskFull(f"no space for {path}; free some, nothing is lost") from None
             self._fail(f"cannot create {path} ({error.strerror})")
         return fd
@@ -175,7 +175,7 @@ class Journal:
             for first in range(0, len(batch.pieces), _IOV_MAX):
                 at = _write_all(fd, batch.pieces[first : first + _IOV_MAX], at)
         except OSError as error:
-            if error.errno not in _NO_SPACE:
+            if error.errno not in NO_SPACE:
                 self._fail(
                     f"write failed ({error.strerror}); restart the learner once the disk is sound"
                 )

@@ -18,6 +18,8 @@ from typing import Any
 
 import msgspec
 
+from common.journal import NO_SPACE
+
 FILE = "metrics.jsonl"
 
 Value = float | int | None | Mapping[str, float | int | None]
@@ -111,6 +113,7 @@ class Metrics:
         if keep_until is not None:
             _cut(self.path, keep_until)
         self._file = self.path.open("ab", buffering=0)
+        self._unwritten = bytearray()
         purge = None if keep_until is None else keep_until + 1
         self._board = Board(folder / "tensorboard", purge) if tensorboard else None
 
@@ -119,9 +122,20 @@ class Metrics:
         unknown = [name for name in values if not known(name)]
         assert not unknown, f"no meaning in common/metrics.py:GLOSSARY for {', '.join(unknown)}"
         line = {"step": step, "time": round(time.time(), 3), **values}
-        self._file.write(msgspec.json.encode(line) + b"\n")
+        self._append(msgspec.json.encode(line) + b"\n")
         if self._board is not None:
             self._board.write(step, values)
+
+    def _append(self, line: bytes) -> None:
+        """While the disk is full lines wait in memory, and so does the rest of a cut one."""
+        self._unwritten += line
+        try:
+            taken = self._file.write(self._unwritten)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            return
+        del self._unwritten[:taken]
 
     def close(self) -> None:
         self._file.close()
