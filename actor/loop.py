@@ -35,7 +35,7 @@ import signal
 import msgspec
 import zmq.asyncio
 
-from actor import episode, report, text
+from actor import report, text
 from actor.config import ActorConfig
 from actor.desk import Blame, Desk
 from actor.engine.base import Engine
@@ -44,6 +44,8 @@ from actor.engine.restart import RestartingEngine
 from actor.fetch import Fetcher
 from actor.grade.pool import Pool
 from actor.line import Line
+from actor.stage import Budget, Stage
+from actor.voice import Voices
 from actor.work import Day, work
 from common import keys, models, wire
 from common.channel import demand_keys
@@ -87,7 +89,7 @@ async def serve(
 ) -> None:
     """The day itself, with an engine that is up. `context`: ZeroMQ's, where many actors share a
     process."""
-    decode = await asyncio.to_thread(text.load, models.find(run.model), engine.vocab_size)
+    words = await asyncio.to_thread(text.load, models.find(run.model), engine.vocab_size)
     me = await asyncio.to_thread(_introduction, run, actor, name)
     async with contextlib.AsyncExitStack() as stack:
         pool = Pool(actor.grade_workers, actor.grade_timeout_s)
@@ -97,7 +99,9 @@ async def serve(
         stack.push_async_callback(line.close)
         fetcher = Fetcher(run, engine, actor.poll_s)
         stack.callback(fetcher.close)
-        stage = episode.Stage(engine, decode, pool, Failpoint.parse(run.failpoint))
+        voices = Voices()
+        stack.push_async_callback(voices.close)
+        stage = Stage(engine, words, pool, Failpoint.parse(run.failpoint), voices, Budget())
         try:
             async with asyncio.TaskGroup() as tasks:
                 day = Day(me, desk, line, fetcher, stage, tasks)

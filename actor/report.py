@@ -40,6 +40,8 @@ def stats(day: Day, engine: EngineStats) -> dict[str, float]:
         "graders_killed": day.stage.pool.killed,
         "malformed": day.line.malformed,
         "refused_versions": day.fetcher.refused,
+        "hint_share": day.stage.budget.share,
+        **day.stage.voices.counts,
         **day.fetcher.counts,
         **day.desk.counts,
     }

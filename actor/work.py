@@ -11,6 +11,7 @@ from actor import episode, report
 from actor.desk import Blame, Desk
 from actor.fetch import Fetcher
 from actor.line import Line
+from actor.stage import Stage
 from common.errors import DataError, DeadlineError, EngineAway, EngineError, WireError
 from common.wire import Grant, Group, Hello
 
@@ -26,7 +27,7 @@ class Day(NamedTuple):
     desk: Desk
     line: Line
     fetcher: Fetcher
-    stage: episode.Stage
+    stage: Stage
     tasks: asyncio.TaskGroup
 
 
@@ -63,7 +64,7 @@ async def _result(day: Day, grant: Grant) -> Group:
     patience_s = min(VERSION_WAIT_S, day.line.lease_s)
     await day.fetcher.reached(max(0, ticket.min_version), patience_s)
     wait_s = time.monotonic() - began
-    rollouts, timings = await episode.play(ticket, day.stage)
+    played = await episode.play(ticket, day.stage)
     return Group(
         run=day.desk.run,
         incarnation=day.desk.incarnation,
@@ -71,9 +72,10 @@ async def _result(day: Day, grant: Grant) -> Group:
         attempt=day.desk.attempt(ticket.id),
         kind=ticket.kind,
         problem=ticket.problem,
-        rollouts=rollouts,
+        rollouts=played.rollouts,
         template=ticket.template,
         source=ticket.source,
         actor=day.me.actor,
-        timings={"wait_s": wait_s, **timings},
+        timings={"wait_s": wait_s, **played.timings},
+        hinted=played.hinted,
     )

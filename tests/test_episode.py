@@ -13,8 +13,9 @@ from actor import episode, text
 from actor.config import ScriptedConfig
 from actor.engine.base import Sample
 from actor.engine.scripted import ScriptedEngine
-from actor.episode import Stage
 from actor.grade.pool import Pool
+from actor.stage import Budget, Stage
+from actor.voice import Voices
 from common import models
 from common.errors import DataError
 from common.failpoints import Failpoint
@@ -71,7 +72,8 @@ async def pool() -> AsyncIterator[Pool]:
 
 
 def stage(engine: ScriptedEngine, pool: Pool) -> Stage:
-    return Stage(engine, text.load(TINY, engine.vocab_size), pool, Failpoint())
+    words = text.load(TINY, engine.vocab_size)
+    return Stage(engine, words, pool, Failpoint(), Voices(), Budget())
 
 
 def asks(n: int, grading: Grading = EXACT, temperature: float = 0.7) -> Ticket:
@@ -81,7 +83,7 @@ def asks(n: int, grading: Grading = EXACT, temperature: float = 0.7) -> Ticket:
 
 async def test_what_the_model_wrote_before_the_stop_token_is_graded(pool: Pool) -> None:
     engine = Says([*tokens_of("12+7=19#19"), EOS], [*tokens_of("#18"), EOS])
-    rollouts, timings = await episode.play(asks(2), stage(engine, pool))
+    rollouts, timings, _ = await episode.play(asks(2), stage(engine, pool))
     assert [r.correct for r in rollouts] == [1.0, 0.0]
     assert [r.parts for r in rollouts] == [({"correct": 1.0},), ({"correct": 0.0},)]
     assert timings.keys() == {"generate_s", "grade_s"}
@@ -89,13 +91,13 @@ async def test_what_the_model_wrote_before_the_stop_token_is_graded(pool: Pool) 
 
 async def test_a_cut_answer_is_graded_whole_and_says_so(pool: Pool) -> None:
     engine = Says(tokens_of("12+7=19#19"), finish="length")
-    (rollout,), _ = await episode.play(asks(1), stage(engine, pool))
+    (rollout,), *_ = await episode.play(asks(1), stage(engine, pool))
     assert (rollout.correct, rollout.finish) == (1.0, "length")
 
 
 async def test_tokens_log_probs_spans_and_temperature_are_the_engines(pool: Pool) -> None:
     answer = [*tokens_of("#19"), EOS]
-    ((rollout,), _) = await episode.play(asks(1), stage(Says(answer), pool))
+    ((rollout,), *_) = await episode.play(asks(1), stage(Says(answer), pool))
     (segment,) = rollout.segments
     assert (segment.role, segment.temperature, segment.turn) == ("policy", 0.7, 0)
     assert segment.tokens.tolist() == answer
@@ -107,14 +109,14 @@ async def test_tokens_log_probs_spans_and_temperature_are_the_engines(pool: Pool
 async def test_the_learner_accepts_what_an_episode_makes(pool: Pool) -> None:
     ticket = asks(2)
     engine = Says([*tokens_of("#19"), EOS], [EOS])
-    rollouts, _ = await episode.play(ticket, stage(engine, pool))
+    rollouts, *_ = await episode.play(ticket, stage(engine, pool))
     group = make_group(ticket=5, rollouts=rollouts)
     check_group(group, ticket, vocab_size=20, clock_version=4)
 
 
 async def test_a_grader_that_fails_is_an_error_never_reward_0(pool: Pool) -> None:
     grading = Grading(parts=(GradePart(name="x", grader="python:json:loads"),))
-    ((rollout,), _) = await episode.play(asks(1, grading), stage(Says([EOS]), pool))
+    ((rollout,), *_) = await episode.play(asks(1, grading), stage(Says([EOS]), pool))
     assert rollout.error.startswith("verifier_error: x: ")
     assert rollout.parts == ()
 

@@ -65,6 +65,10 @@ class Pool:
                 log.warning("%s", error)
         return verdicts
 
+    async def say(self, question: Question, within_s: float) -> Marks:
+        """What a voice says about one text, or why it says nothing."""
+        return await self._ask(question, within_s)
+
     async def close(self) -> None:
         for worker in self._workers:
             await worker.end()

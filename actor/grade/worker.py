@@ -14,17 +14,20 @@ import signal
 import struct
 import sys
 import threading
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import msgspec
 
 from actor.grade import graders
+from actor.grade.said import Said, say
 
 LENGTH = struct.Struct("<I")
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
-    """Grade `texts` with one grader; without texts: only load the grader."""
+    """Grade `texts` with one grader; without texts: only load the grader. A voice is asked for
+    words about the one text.
+    """
 
     grader: str
     prompt: str
@@ -32,12 +35,14 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     gold: str
     columns: dict[str, Any]
     options: dict[str, Any]
+    wants: Literal["scores", "words"] = "scores"
 
 
 class Marks(msgspec.Struct, frozen=True, kw_only=True):
-    """One score a text, or why there are none."""
+    """One score a text, or what a voice said, or why there is neither."""
 
     scores: list[float | None] = []
+    said: Said = Said()
     error: str = ""
 
 
@@ -48,6 +53,8 @@ def answer(question: Question) -> Marks:
             graders.resolve(question.grader)
             return Marks()
         q = question
+        if q.wants == "words":
+            return Marks(said=say(q.grader, q.prompt, q.texts[0], q.gold, q.columns))
         return Marks(scores=graders.call(q.grader, q.prompt, q.texts, q.gold, q.columns, q.options))
     except Exception as error:  # noqa: BLE001  a stranger's code may raise anything
         return Marks(error=f"{type(error).__name__}: {error}".replace("\n", " ")[:300])
