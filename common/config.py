@@ -31,6 +31,11 @@ def need(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def without_password(url: str) -> str:
+    """As people and files may see it."""
+    return re.sub(r"(//[^:@/]*):.*@", r"\1:***@", url)
+
+
 class RunConfig(Section, frozen=True, kw_only=True):
     """Shared by learner and actors; the handshake compares its digest (without `LOCAL` fields)."""
 
@@ -52,7 +57,7 @@ class RunConfig(Section, frozen=True, kw_only=True):
         )
         need(
             self.redis.startswith(("redis://", "rediss://", "unix://")),
-            f'redis = "{self.redis}": expected redis://HOST:PORT, rediss://… or unix://…',
+            f'redis = "{without_password(self.redis)}": expected redis://HOST:PORT, rediss://… or unix://…',
         )
         need(
             re.fullmatch(r"tcp://.+:\d+|ipc://.+", self.learner) is not None,

@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
-from common.config import LOCAL, RunConfig, Section
+from common.config import LOCAL, RunConfig, Section, without_password
 from common.errors import ConfigError
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -143,7 +143,7 @@ def _at(recipe: str, overrides: Sequence[str], message: str) -> str:
     for override in overrides:
         key = override.partition("=")[0].strip()
         if path == key or path.startswith((f"{key}.", f"{key}[")) or key.startswith(f"{path}."):
-            return f"-s {override}: {message}"
+            return f"-s {without_password(override)}: {message}"
     return f"{recipe}: {message}"
 
 

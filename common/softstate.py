@@ -20,6 +20,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from common.config import without_password
 from common.errors import ConfigError, DeadlineError, WeightsError
 
 LEAVE_ALONE_S = 5.0  # after a silence, by somebody who only wants to be seen
@@ -45,8 +46,13 @@ class SoftState:
                 socket_read_size=1 << 20,  # of blobs; the default of 64 KiB halves their speed
                 retry=Retry(NoBackoff(), 1),  # a pooled connection may have died with its server
             )
-        except ValueError as error:
+        except ConfigError as error:
             raise ConfigError(f"run.redis: {error}") from None
+        except ValueError:  # whose words may quote a part of the password
+            raise ConfigError(
+                f"run.redis: {without_password(url)} is no address of a Redis; give "
+                "redis://HOST:PORT/0 (in a password / : @ % are written %2F %3A %40 %25)"
+            ) from None
         self._where = _place(self.client)
         self._leave_alone_until = 0.0
 
