@@ -27,10 +27,10 @@ import msgspec
 import zmq
 
 from common import channel, keys
-from common.config import RunConfig
+from common.config import LOCAL, RunConfig
 from common.errors import ConfigError
 from common.failpoints import Failpoint
-from common.journal import Journal, read, seal_of
+from common.journal import NO_SPACE, Journal, read, seal_of
 from common.recipe import digest as run_digest
 from common.records import ConfigChange, Finish, Open, Step
 from common.runfolder import RunFolder
@@ -45,7 +45,7 @@ from learner.issuer import NOTHING
 from learner.ledger import Ledger
 from learner.prompts.source import open_source
 from learner.prompts.stream import Prompts
-from learner.publish import Publisher
+from learner.publish import Publisher, patiently
 from learner.report import Report
 from learner.step import TrainState, train_step
 
@@ -178,7 +178,15 @@ def _end(it: Learner, ending: str) -> str:
 
 
 def _checkpoint(it: Learner) -> None:
-    checkpoint.save(it.folder.checkpoints / f"step-{it.state.t:08d}", it.state, it.desk.snapshot())
+    """None while the disk is full: the journal has every step, and the next one may have room."""
+    path = it.folder.checkpoints / f"step-{it.state.t:08d}"
+    try:
+        checkpoint.save(path, it.state, it.desk.snapshot())
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        log.error("no space for %s: going on without it", path.name)
+        return
     it.fail("after_checkpoint")
     for old in checkpoints(it.folder)[it.config.keep_checkpoints :]:
         checkpoint.remove(old)
@@ -212,7 +220,7 @@ def _wire(run: RunConfig, config: LearnerConfig, folder: RunFolder, stack: ExitS
     _open_journal(journal, past, run, config, folder, incarnation, sealed)
     fail = Failpoint.parse(run.failpoint)
     registry = Registry(run.redis, folder.run_id)
-    registry.fence(incarnation)
+    patiently("take over the run", lambda: registry.fence(incarnation))
     publisher = Publisher(
         registry, open_store(run.store, registry), incarnation, config.keep_versions, fail
     )
@@ -273,6 +281,8 @@ def _open_journal(
     settings = {
         name: msgspec.msgpack.decode(msgspec.msgpack.encode(section)) for name, section in sections
     }
+    for name in LOCAL:  # where Redis is, with what password: not the run's to remember
+        del settings["run"][name]
     opened = Open(
         run=folder.run_id,
         incarnation=incarnation,

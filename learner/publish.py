@@ -19,6 +19,7 @@ from common.versions import Manifest, Registry, Tensor
 
 log = logging.getLogger("isentrope.publish")
 
+PATIENCE_S = 120.0  # with a Redis that is away
 ENSURE_S = 1.0  # between two looks at Redis
 AWAY_S = 5.0  # after a look that nobody answered
 
@@ -43,7 +44,7 @@ class Publisher:
         incarnation: int,
         keep: int,
         failpoint: Failpoint,
-        patience_s: float = 120.0,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self.registry = registry
         self.store = store
@@ -151,14 +152,17 @@ class Publisher:
         self.store.delete([key for key in self.store.list() if key not in needed])
 
     def _patiently(self, what: str, work: Callable[[], None]) -> None:
-        deadline = time.monotonic() + self.patience_s
-        for attempt in itertools.count(1):
-            try:
-                return work()
-            except DeadlineError as error:
-                if time.monotonic() > deadline:
-                    raise DeadlineError(
-                        f"could not {what} in {attempt} attempts: {error}"
-                    ) from None
-                log.warning("attempt %d to %s failed, trying again: %s", attempt, what, error)
-            time.sleep(min(1.0, 0.05 * 2**attempt))  # a dead Redis gives no sign when it is back
+        patiently(what, work, self.patience_s)
+
+
+def patiently(what: str, work: Callable[[], None], patience_s: float = PATIENCE_S) -> None:
+    """Do `work` again until Redis answers. Raises DeadlineError when it stays away."""
+    deadline = time.monotonic() + patience_s
+    for attempt in itertools.count(1):
+        try:
+            return work()
+        except DeadlineError as error:
+            if time.monotonic() > deadline:
+                raise DeadlineError(f"could not {what} in {attempt} attempts: {error}") from None
+            log.warning("attempt %d to %s failed, trying again: %s", attempt, what, error)
+        time.sleep(min(1.0, 0.05 * 2**attempt))  # a dead Redis gives no sign when it is back
