@@ -15,7 +15,7 @@ import time
 from collections import Counter
 
 from actor.engine.base import Engine
-from common import stores
+from common import patch, pull, stores
 from common.config import RunConfig
 from common.errors import DeadlineError, EngineError, WeightsError
 from common.versions import Registry, Stamp, Weights
@@ -41,6 +41,8 @@ class Fetcher:
         self._incarnation = 0  # highest seen, in messages and in the registry
         self._vouched = 0  # the one whose registry entry names what is served
         self._failures = 0  # in a row
+        self._source: stores.Source | None = None  # of this run's blobs
+        self._own: Weights | None = None  # what is served, for patches to be applied to
         self._hinted, self._last_hint = asyncio.Event(), -1
         self._served = asyncio.Condition()
 
@@ -49,7 +51,9 @@ class Fetcher:
         if self.registry is None or self.registry.run_id != message.run:
             self.close()
             self.registry = Registry(self._run.redis, message.run, TIMEOUT_S)
+            self._source = stores.open_source(self._run, self.registry)
             self.version, self.digest, self._incarnation, self._vouched = -1, "", 0, 0
+            self._own = None
             self._hinted.set()
         if message.incarnation > self._incarnation or message.version != self._last_hint:
             self._hinted.set()
@@ -81,6 +85,8 @@ class Fetcher:
                 await self._look(self.registry)
 
     def close(self) -> None:
+        if self._source is not None:
+            self._source.close()
         if self.registry is not None:
             self.registry.close()
 
@@ -104,14 +110,20 @@ class Fetcher:
     async def _take(self, registry: Registry, stamp: Stamp) -> None:
         if (stamp.version, stamp.digest) != (self.version, self.digest):
             began = time.monotonic()
-            store = stores.open_store(self._run.store, registry)
+            assert self._source is not None, "it came with the registry"
             weights = await asyncio.to_thread(
-                stores.fetch, registry, store, stamp.version, self._incarnation
+                pull.fetch,
+                registry,
+                self._source,
+                stamp.version,
+                self._incarnation,
+                own=self._own,
             )
             if registry is not self.registry:  # another run since
                 return
             pulled = time.monotonic()
             await self._engine.update_weights(weights)
+            self._own = weights if patch.fits(weights.tensors) else None
             self._count(weights, pulled - began, time.monotonic() - pulled)
         async with self._served:
             self._vouched = stamp.incarnation

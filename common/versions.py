@@ -10,6 +10,8 @@ published again. Keys, each behind `isentrope:<run id>:`
     digests           hash: version -> content digest
     blobs             set: names of the blobs that the redis store holds
     blob:<name>       bytes of one blob, in the redis store
+    served            where the learner serves its own blobs: "<incarnation> <endpoint>" (blobs.py)
+    full_wanted       a version that an actor could not make from its patches
     hint              channel: somebody published; only a hint, polling is the truth
 """
 
@@ -67,20 +69,21 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """All about a version but its bytes.
 
     A `full` version has every tensor that its step trained. `base`: the version whose other tensors
-    it leaves as they are (-1: it has them all). A `patch` would change the tensors of `base`; its
-    digest would be that of the result.
+    it leaves as they are (-1: it has them all). A `patch` changes the tensors of `base`, whose
+    digest is `base_digest`; its blobs are the patch (patch.py), all else is said of the result.
     """
 
     version: int
     step: int
     digest: str
     dtype: str
-    nbytes: int
+    nbytes: int  # of the version, whole
     tensors: tuple[Entry, ...]  # in name order, rising offsets
     blobs: tuple[Blob, ...]
     incarnation: int
     base: int = -1
     kind: Literal["full", "patch"] = "full"
+    base_digest: str = ""  # of a patch
     at: float = 0.0  # seconds since the epoch, for people
 
 
@@ -111,6 +114,12 @@ local held = tonumber(redis.call('GET', KEYS[1]) or '0')
 if tonumber(ARGV[1]) < held then return held end
 redis.call('SET', KEYS[1], ARGV[1])
 return 0
+"""
+
+_SERVE = """
+if tonumber(ARGV[1]) < tonumber(redis.call('GET', KEYS[1]) or '0') then return 0 end
+redis.call('SET', KEYS[2], ARGV[1] .. ' ' .. ARGV[2])
+return 1
 """
 
 # The same pair again only renews its manifest. A step back, or another digest for a known number,
@@ -243,6 +252,32 @@ class Registry(SoftState):
                     pipe.hdel(self.key(name), *map(str, versions))
                 pipe.execute()
 
+    def serve(self, incarnation: int, endpoint: str) -> None:
+        """Say where this learner serves its blobs. Raises WeightsError behind the fence."""
+        keys = (self.key("fence"), self.key("served"))
+        with self.asking("say where blobs are served"):
+            if not self.client.eval(_SERVE, 2, *keys, str(incarnation), endpoint):
+                raise WeightsError(f"learner incarnation {incarnation} is behind the fence")
+
+    def served(self) -> str | None:
+        """The endpoint at which the newest learner serves its blobs; None: nobody does."""
+        with self.asking("say where blobs are served"):
+            raw = cast("bytes | None", self.client.get(self.key("served")))
+        return raw.decode().partition(" ")[2] if raw is not None else None
+
+    def want_full(self, version: int) -> None:
+        """Ask the learner for this version, whole: its patches cannot be used."""
+        with self.asking("ask for a full version"):
+            self.client.set(self.key("full_wanted"), version)
+
+    def full_wanted(self) -> int | None:
+        """The version that somebody last asked for whole; asked and forgotten in one go."""
+        with self.asking("tell who wants a full version"), self.client.pipeline() as pipe:
+            pipe.get(self.key("full_wanted"))
+            pipe.delete(self.key("full_wanted"))
+            raw, _ = pipe.execute()
+        return int(raw) if raw is not None else None
+
     def wait_hint(self, timeout_s: float) -> bool:
         """Sleep until somebody publishes (True) or `timeout_s` passed. One thread at a time."""
         with self.asking("wait for a hint"):
@@ -256,6 +291,13 @@ class Registry(SoftState):
             except redis.RedisError:
                 self._hints = None  # the subscription died with the connection
                 raise
+
+
+def wrong_size(key: str, found: int, expected: int) -> WeightsError:
+    """What a store says of a blob that is not as its manifest says; 0 found: it has none."""
+    if found == 0:
+        return WeightsError(f"blob {key} is missing")
+    return WeightsError(f"blob {key} has {found} bytes, its manifest says {expected}")
 
 
 def _next_message(hints: Any, timeout_s: float) -> bool:

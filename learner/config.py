@@ -90,6 +90,7 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
     keep_checkpoints: PositiveInt = 2
     keep_journal: bool = True
     keep_versions: PositiveInt = 3
+    snapshot_every: PositiveInt = 16  # versions; bf16: patches between them. 1: no patches
 
     # patience
     lease_s: Positive = 30.0

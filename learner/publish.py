@@ -1,7 +1,11 @@
 """A version goes out: blobs, then its manifest and number, then a hint; then what is too old goes.
 
+With 16-bit weights a version is a patch of the one before it, where that is small; every
+`snapshot_every` versions, and whenever an actor could not use a patch, it is whole. What a patch
+leans on stays as long as the patch does.
+
 Redis is soft state. When it is away, publishing is tried again up to a deadline; when it comes
-back empty, `ensure` publishes what this learner published last.
+back empty, `ensure` publishes what this learner published last, whole.
 """
 
 from __future__ import annotations
@@ -9,19 +13,23 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from common import patch
 from common.errors import DeadlineError, WeightsError
 from common.failpoints import Failpoint
-from common.stores import Store, put_version
-from common.versions import Manifest, Registry, Tensor
+from common.pull import lay_out, put_patch, put_version
+from common.stores import Store
+from common.versions import Blob, Entry, Manifest, Registry, Tensor
 
 log = logging.getLogger("isentrope.publish")
 
 PATIENCE_S = 120.0  # with a Redis that is away
 ENSURE_S = 1.0  # between two looks at Redis
 AWAY_S = 5.0  # after a look that nobody answered
+PATCH_SHARE = 0.5  # of the whole version: a patch is not larger …
+CHAIN_SHARE = 1.0  # … nor are all that a version is made of, for whoever joins late
 
 
 class _Version(NamedTuple):
@@ -30,6 +38,14 @@ class _Version(NamedTuple):
     tensors: tuple[Tensor, ...]
     digest: str
     base: int
+
+
+class _Patch(NamedTuple):
+    """How a version differs from the one published before it."""
+
+    entries: tuple[Entry, ...]  # of the result
+    frames: list[bytes]
+    base: Manifest
 
 
 class Publisher:
@@ -45,15 +61,19 @@ class Publisher:
         keep: int,
         failpoint: Failpoint,
         patience_s: float = PATIENCE_S,
+        snapshot_every: int = 1,
     ) -> None:
+        """`snapshot_every`: versions; those between are patches where they can be. 1: none is."""
         self.registry = registry
         self.store = store
         self.incarnation = incarnation
         self.keep = max(1, keep)
         self.patience_s = patience_s
+        self.snapshot_every = snapshot_every
         self._fail = failpoint
         self._held: dict[int, _Version] = {}  # the newest version, and the base it leans on
-        self._newest: Manifest | None = None
+        self._chain: list[Manifest] = []  # what the newest version is made of, a full one first
+        self._said_off = False
         self._look_at = 0.0  # when to look at Redis again
 
     def publish(
@@ -65,13 +85,15 @@ class Publisher:
         Raises DeadlineError when Redis stays away (`ensure` will make up for it), and WeightsError
         when this learner has been replaced.
         """
-        self._hold(_Version(version, step, tensors, digest, base))
-        self._patiently(f"publish version {version}", lambda: self._put_in_room(version))
+        new = _Version(version, step, tensors, digest, base)
+        change = self._patch(new)
+        self._hold(new)
+        self._patiently(f"publish version {version}", lambda: self._put_in_room(version, change))
         self._patiently("retire old versions", self._sweep)
 
     def ensure(self) -> None:
-        """Publish again what Redis lost. Cheap and patient: made to be called often, silent when
-        Redis is away.
+        """Publish again what Redis lost, and whole what an actor could not make. Cheap and patient:
+        made to be called often, silent when Redis is away.
 
         Raises WeightsError when this learner has been replaced.
         """
@@ -83,13 +105,50 @@ class Publisher:
                 log.warning("Redis lost version %d: publishing it again", max(self._held))
                 for version in sorted(self._held):
                     self._put(version, Failpoint())
+            elif self._is_wanted_whole(max(self._held)):
+                self._put(max(self._held), Failpoint())
         except DeadlineError as error:
             self._look_at = time.monotonic() + AWAY_S
             log.warning("%s", error)
 
+    def _patch(self, new: _Version) -> _Patch | None:
+        """None: the version is better published whole."""
+        if self.snapshot_every == 1:
+            return None
+        if not patch.fits(new.tensors):
+            if not self._said_off:
+                log.info('weights are published whole: patches need [run] weights_dtype = "bf16"')
+            self._said_off = True
+            return None
+        before = self._held.get(self._chain[-1].version) if self._chain else None
+        if before is None or len(self._chain) >= self.snapshot_every:
+            return None
+        entries, _ = lay_out(new.tensors)
+        if entries != self._chain[-1].tensors or new.version <= before.version:
+            return None
+        size = self._chain[-1].nbytes
+        patches = sum(blob.nbytes for link in self._chain[1:] for blob in link.blobs)
+        most = int(min(PATCH_SHARE * size, CHAIN_SHARE * size - patches))
+        firsts = [entry.offset // patch.ITEM_BYTES for entry in entries]
+        frames = patch.make(_sorted(before.tensors), _sorted(new.tensors), firsts, most)
+        return _Patch(entries, frames, self._chain[-1]) if frames is not None else None
+
     def _hold(self, new: _Version) -> None:
-        self._newest = None
         self._held = {k: v for k, v in self._held.items() if k == new.base} | {new.version: new}
+
+    def _is_wanted_whole(self, at_least: int) -> bool:
+        """Whether an actor asked for all of a version, this one or one after it."""
+        wanted = self.registry.full_wanted()
+        if wanted is None or wanted < at_least:
+            return False
+        log.warning("an actor found version %d damaged: all of it is published", wanted)
+        return True
+
+    def _is_whole(self, chain: Sequence[Manifest]) -> bool:
+        """Whether all that a version is made of is still there."""
+        if any(self.registry.known(link.version) != link.digest for link in chain):
+            return False
+        return not self.store.missing([blob.key for link in chain for blob in link.blobs])
 
     def _is_lost(self) -> bool:
         stamp = self.registry.stamp()
@@ -98,56 +157,72 @@ class Publisher:
             raise WeightsError(
                 f"learner incarnation {stamp.incarnation} has taken over this run; end this process"
             )
-        if stamp is None or self._newest is None or stamp.version < newest.version:
+        if stamp is None or not self._chain or stamp.version < newest.version:
             return True
-        if self.registry.known(newest.version) != newest.digest:
-            return True
-        return bool(self.store.missing([blob.key for blob in self._newest.blobs]))
+        return self._chain[-1].version != newest.version or not self._is_whole(self._chain)
 
-    def _put(self, version: int, fail: Failpoint) -> None:
+    def _put(self, version: int, fail: Failpoint, change: _Patch | None = None) -> None:
         it = self._held[version]
-        entries, blobs = put_version(self.store, it.version, it.digest, it.tensors)
+        entries, blobs, base = self._put_blobs(it, change)
         fail("after_blobs")
+        last = entries[-1] if entries else None
         manifest = Manifest(
             version=it.version,
             step=it.step,
             digest=it.digest,
             dtype="+".join(sorted({tensor.dtype for tensor in it.tensors})),
-            nbytes=sum(blob.nbytes for blob in blobs),
+            nbytes=last.offset + last.nbytes if last else 0,
             tensors=entries,
             blobs=blobs,
             incarnation=self.incarnation,
-            base=it.base,
+            base=it.base if base is None else base.version,
+            kind="full" if base is None else "patch",
+            base_digest="" if base is None else base.digest,
             at=time.time(),
         )
         self.registry.publish(manifest)
         fail("after_manifest")
-        self._newest = manifest
+        self._chain = [manifest] if base is None else [*self._chain, manifest]
 
-    def _put_in_room(self, version: int) -> None:
+    def _put_blobs(
+        self, it: _Version, change: _Patch | None
+    ) -> tuple[tuple[Entry, ...], tuple[Blob, ...], Manifest | None]:
+        """The layout of the version, where its bytes are, and what they change."""
+        if change is None:
+            return *put_version(self.store, it.version, it.digest, it.tensors), None
+        blobs = put_patch(self.store, it.version, it.digest, change.frames)
+        share = sum(blob.nbytes for blob in blobs) / max(1, change.base.nbytes)
+        said = "version %d is a patch of version %d: %.2f %% of its bytes"
+        log.info(said, it.version, change.base.version, 100 * share)
+        return change.entries, blobs, change.base
+
+    def _put_in_room(self, version: int, change: _Patch | None) -> None:
         """What is too old goes first: the peak is lower, and Redis is faster with memory it has."""
         self.registry.fence(self.incarnation)  # who was replaced deletes nothing
         self._retire(max(1, self.keep - 1))
-        self._put(version, self._fail)
+        if change is not None and (self._is_wanted_whole(0) or not self._is_whole(self._chain)):
+            change = None
+        self._put(version, self._fail, change)
 
     def _retire(self, keep: int) -> list[Manifest]:
-        """Leaves the newest versions and base 0, which come back.
+        """Leaves the newest versions and base 0, which come back, and what they are made of.
 
         Manifests go before blobs: nobody is sent to blobs that are gone.
         """
-        manifests = self.registry.manifests()
-        newest = [manifest.version for manifest in manifests][-keep:]
-        kept = [m for m in manifests if m.version in {0, *self._held, *newest}]
-        gone = [m for m in manifests if m not in kept]
+        manifests = {manifest.version: manifest for manifest in self.registry.manifests()}
+        needed = {0, *self._held, *sorted(manifests)[-keep:]}
+        for version, manifest in sorted(manifests.items(), reverse=True):
+            if version in needed and manifest.kind == "patch":
+                needed.add(manifest.base)
+        kept = [manifest for version, manifest in manifests.items() if version in needed]
+        gone = [manifest for version, manifest in manifests.items() if version not in needed]
         self.registry.retire([manifest.version for manifest in gone])
         self.store.delete([blob.key for manifest in gone for blob in manifest.blobs])
         return kept
 
     def _sweep(self) -> None:
         """What is too old goes, and blobs that no manifest names: a learner died before it."""
-        kept = self._retire(self.keep)
-        if self._newest is not None:  # even if Redis forgot it a moment ago
-            kept.append(self._newest)
+        kept = self._retire(self.keep) + self._chain  # even if Redis forgot it a moment ago
         needed = {blob.key for manifest in kept for blob in manifest.blobs}
         self.store.delete([key for key in self.store.list() if key not in needed])
 
@@ -166,3 +241,8 @@ def patiently(what: str, work: Callable[[], None], patience_s: float = PATIENCE_
                 raise DeadlineError(f"could not {what} in {attempt} attempts: {error}") from None
             log.warning("attempt %d to %s failed, trying again: %s", attempt, what, error)
         time.sleep(min(1.0, 0.05 * 2**attempt))  # a dead Redis gives no sign when it is back
+
+
+def _sorted(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """As they lie in a version."""
+    return sorted(tensors, key=lambda tensor: tensor.name)

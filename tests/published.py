@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from common.stores import open_store, put_version
+from common.pull import put_version
+from common.stores import open_store
 from common.versions import Manifest, Registry, Tensor, digest
 
 

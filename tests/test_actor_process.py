@@ -119,7 +119,7 @@ async def test_an_actor_dies_where_it_is_told_to(stage: Stage, point: str) -> No
     ("override", "said"),
     [
         ('run.learner="tcp://192.0.2.1:5"', "isentrope keys"),
-        ("run.store=files:x", 'expected "redis" or "file:FOLDER"'),
+        ("run.store=files:x", 'expected "redis", "file:FOLDER"'),
         ("run.failpoint=midgeneration", "the nearest is 'mid_generation'"),
         ("run.redis=http://x", "run.redis"),
     ],

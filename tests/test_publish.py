@@ -14,8 +14,9 @@ import pytest
 
 from common.errors import DeadlineError, WeightsError
 from common.failpoints import Failpoint
+from common.pull import fetch
 from common.redis_server import RedisServer
-from common.stores import Store, fetch, open_store
+from common.stores import Store, open_store
 from common.versions import Registry, Tensor, digest
 from learner.publish import Publisher
 

@@ -20,7 +20,7 @@ from typing import BinaryIO, cast
 import msgspec
 
 from common.errors import DataError, WeightsError
-from common.stores import ALIGNMENT
+from common.pull import ALIGNMENT
 from common.versions import Entry, Tensor, Weights, begin_digest
 
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes of an element; the dtypes we take

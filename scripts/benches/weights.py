@@ -34,8 +34,9 @@ from safetensors.torch import load_file, save_file
 from actor.engine.torch_engine import TorchEngine
 from common import models
 from common.failpoints import Failpoint
+from common.pull import fetch
 from common.redis_server import RedisServer
-from common.stores import Store, fetch, open_store
+from common.stores import Store, open_store
 from common.versions import Registry, Tensor, Weights, digest
 from common.wire import Sampling
 from learner.publish import Publisher
