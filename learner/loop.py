@@ -34,9 +34,9 @@ from common.journal import NO_SPACE, Journal, read, seal_of
 from common.recipe import digest as run_digest
 from common.records import ConfigChange, Finish, Open, Step
 from common.runfolder import RunFolder
-from common.stores import open_store
 from common.versions import Registry, digest
 from learner import checkpoint, model
+from learner.blobs import open_blobs
 from learner.config import LearnerConfig
 from learner.desk import Desk
 from learner.history import Past, catch_up, checkpoints, this_machine
@@ -221,8 +221,15 @@ def _wire(run: RunConfig, config: LearnerConfig, folder: RunFolder, stack: ExitS
     fail = Failpoint.parse(run.failpoint)
     registry = Registry(run.redis, folder.run_id)
     patiently("take over the run", lambda: registry.fence(incarnation))
+    store = open_blobs(run, registry, incarnation)
+    stack.callback(store.close)
     publisher = Publisher(
-        registry, open_store(run.store, registry), incarnation, config.keep_versions, fail
+        registry,
+        store,
+        incarnation,
+        config.keep_versions,
+        fail,
+        snapshot_every=config.snapshot_every,
     )
     room = model.max_length(network) - config.max_tokens
     if room < 1:
