@@ -3,7 +3,8 @@
 The main part of step t is the first `groups_per_step` usable main groups in admission order; those
 before the last of them that are not usable are dropped. After `refill_limit` × `groups_per_step`
 groups it is made of the usable ones there are. Then come the first `n_aux` usable aux groups that
-were admitted before the last main one.
+were admitted before the last main one, and the first `proposers` usable groups of proposers whose
+scores were known before it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Facts(NamedTuple):
     oldest: tuple[int, ...]  # version of the oldest token, a rollout
     verifier_error: bool
     truncated: bool  # every rollout
-    uniform: bool  # in raw correctness
+    uniform: bool  # in raw correctness, discounted by turn
 
     def lag(self, t: int) -> int:
         return max(max(0, t - version) for version in self.oldest)
@@ -36,19 +37,21 @@ class Batch(NamedTuple):
     dropped: dict[int, str]
 
 
-def facts_of(group: Group) -> Facts:
+def facts_of(group: Group, gamma: float = 1.0) -> Facts:
     return Facts(
         id=group.ticket,
         kind=group.kind,
         oldest=tuple(min(v for s in r.segments for _, v in s.spans) for r in group.rollouts),
         verifier_error=any(rollout.error for rollout in group.rollouts),
         truncated=all(rollout.finish == "length" for rollout in group.rollouts),
-        uniform=len({rollout.correct for rollout in group.rollouts}) == 1,
+        uniform=len({r.correct * gamma**r.turn for r in group.rollouts}) == 1,
     )
 
 
 def batch(buffer: Sequence[Facts], t: int, config: Mapping[str, Any]) -> Batch | None:
-    """The batch of step t from what is buffered in admission order; None while too little is."""
+    """The batch of step t from what is buffered, in the order in which main and aux groups were
+    admitted and proposers' became ready; None while too little is.
+    """
     wanted = int(config.get("groups_per_step", 0))
     limit = max(1, round(float(config.get("refill_limit", 0)) * wanted))
     mains = [facts for facts in buffer if facts.kind == "main"][:limit]
@@ -57,9 +60,26 @@ def batch(buffer: Sequence[Facts], t: int, config: Mapping[str, Any]) -> Batch |
         return None
     ids = [facts.id for facts in buffer]
     before = buffer[: ids.index(chosen[-1])] if chosen else []
-    auxes = [facts for facts in before if facts.kind == "aux"]
-    extra, dropped_aux = _choose(auxes, int(config.get("n_aux", 0)), t, config)
-    return Batch(chosen + extra, dropped | dropped_aux)
+    for kind, most in (
+        ("aux", config.get("n_aux", 0)),
+        ("propose", _synthesis(config, "proposers")),
+    ):
+        beside = [facts for facts in before if facts.kind == kind]
+        extra, gone = _choose(beside, int(most), t, config)
+        chosen, dropped = chosen + extra, dropped | gone
+    return Batch(chosen, dropped)
+
+
+def allowed_lag(kind: str, config: Mapping[str, Any]) -> int:
+    own = _synthesis(config, "max_lag", None) if kind == "propose" else None
+    main = int(config.get("max_lag", 0))
+    if kind == "propose":
+        return 2 * main if own is None else int(own)
+    return main
+
+
+def _synthesis(config: Mapping[str, Any], name: str, otherwise: Any = 0) -> Any:
+    return (config.get("synthesis") or {}).get(name, otherwise)
 
 
 def _choose(
@@ -80,10 +100,10 @@ def _choose(
 
 
 def _unusable(facts: Facts, t: int, config: Mapping[str, Any]) -> str:
-    if facts.verifier_error:
+    if facts.verifier_error and facts.kind != "propose":
         return "verifier_error"
     if facts.truncated and config.get("drop_truncated"):
         return "truncated"
     if facts.uniform and facts.kind == "main" and config.get("advantage") in _NEED_VARIANCE:
         return "zero_variance"
-    return "stale" if facts.lag(t) > int(config.get("max_lag", 0)) else ""
+    return "stale" if facts.lag(t) > allowed_lag(facts.kind, config) else ""

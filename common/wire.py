@@ -147,7 +147,7 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     @property
     def turn(self) -> int:
         """Number of its last turn, from 0."""
-        return self.segments[-1].turn
+        return self.segments[-1].turn if self.segments else 0
 
     @property
     def oldest_version(self) -> int:

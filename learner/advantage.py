@@ -46,12 +46,12 @@ def advantages(
     return scaled
 
 
-def informative(group: wire.Group, estimator: str) -> bool:
+def informative(group: wire.Group, estimator: str, gamma: float = 1.0) -> bool:
     """Whether the estimator can learn from this group: its answers are not all equally right, or
-    that does not matter to it.
+    that does not matter to it. One that came at a later turn is gamma per turn less right.
 
     It looks at the raw correctness, for equality: a shaped reward may differ where nothing was
     solved, and the standard deviation of equal floats need not be 0.
     """
     assert estimator in ESTIMATORS, f"no advantage estimator {estimator!r}"
-    return estimator == "psr_nsr" or len({rollout.correct for rollout in group.rollouts}) > 1
+    return estimator == "psr_nsr" or len({r.correct * gamma**r.turn for r in group.rollouts}) > 1

@@ -14,6 +14,7 @@ from learner.overlong import OverlongConfig
 from learner.prompts.config import PromptsConfig
 from learner.synthesis.config import SynthesisConfig
 from learner.tuning import ClasspConfig, KappaConfig
+from learner.turns import FeedbackConfig, InterveneConfig
 
 
 class EvalConfig(Section, frozen=True, kw_only=True):
@@ -102,6 +103,8 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
     prompts: PromptsConfig = PromptsConfig()
     eval: EvalConfig = EvalConfig()
     synthesis: SynthesisConfig | None = None
+    feedback: FeedbackConfig | None = None
+    intervene: InterveneConfig | None = None
     tensorboard: bool = False
 
     def check(self) -> None:
@@ -125,6 +128,7 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
         )
         self._check_correction()
         self._check_overlong()
+        self._check_episodes()
         need(
             self.lease_s > 3 * self.heartbeat_s,
             f"lease_s = {self.lease_s:g}: must be longer than three heartbeats "
@@ -135,6 +139,25 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
         need(
             self.n_aux > 0 or not asking,
             f"n_aux = 0: {asking!r} asks for aux groups; take 1 or more",
+        )
+
+    def _check_episodes(self) -> None:
+        feedback, intervene = self.feedback, self.intervene
+        need(
+            feedback is None or intervene is None,
+            "intervene: it looks at answers of one turn; leave it or feedback out",
+        )
+        need(
+            intervene is None or self.keep_journal,
+            "intervene: interventions.jsonl is made from the journal; keep_journal = true",
+        )
+        need(
+            feedback is None or self.overlong is None or self.overlong.buffer is None,
+            "overlong.buffer: it counts the tokens of one answer; leave it or feedback out",
+        )
+        need(
+            feedback is None or feedback.gamma == 1 or self.advantage != "psr_nsr",
+            "feedback.gamma: psr_nsr learns from the raw correctness; take gamma = 1",
         )
 
     def _check_overlong(self) -> None:

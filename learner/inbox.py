@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from common.episodes import PLAIN
 from common.wire import Group
 from learner.advantage import informative
 from learner.config import LearnerConfig
@@ -41,13 +42,13 @@ class Selection(NamedTuple):
         return right / max(1, len(answers))
 
 
-def defect(group: Group, config: LearnerConfig) -> str:
+def defect(group: Group, config: LearnerConfig, gamma: float = 1.0) -> str:
     """Why no step can use this group, "" when one can. Depends on nothing but the group."""
     if group.kind != "propose" and any(rollout.error for rollout in group.rollouts):
         return "verifier_error"
     if config.drop_truncated and all(rollout.finish == "length" for rollout in group.rollouts):
         return "truncated"
-    if group.kind == "main" and not informative(group, config.advantage):
+    if group.kind == "main" and not informative(group, config.advantage, gamma):
         return "zero_variance"
     return ""
 
@@ -58,7 +59,8 @@ def fate(entry: Entry, t: int, config: LearnerConfig) -> str:
     Lag is that of its oldest token: trained version (= t) − token version; negative counts as 0.
     """
     if entry.verdict is None or entry.verdict[0] is not config:
-        entry.verdict = config, defect(entry.item.group, config)
+        gamma = (entry.ticket.episode or PLAIN).gamma
+        entry.verdict = config, defect(entry.item.group, config, gamma)
     limit = lag_limit(entry.ticket.kind, config)
     return entry.verdict[1] or ("stale" if t - entry.oldest > limit else "")
 
