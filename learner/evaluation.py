@@ -5,10 +5,12 @@ versions.
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 
 import msgspec
 
 from common.wire import Group
+from learner.turns import solved_at
 
 
 class Evaluation(msgspec.Struct, kw_only=True):
@@ -28,6 +30,7 @@ class Evaluation(msgspec.Struct, kw_only=True):
     tokens: int = 0
     oldest: int = -1  # weight versions seen
     newest: int = -1
+    solved_at: list[int] = []  # rollouts solved at turn 0, 1, …
 
     def add(self, group: Group) -> None:
         graded = [r for r in group.rollouts if not r.error]
@@ -42,6 +45,11 @@ class Evaluation(msgspec.Struct, kw_only=True):
         self.tokens += sum(r.length for r in group.rollouts)
         self.oldest = min(versions) if self.oldest < 0 else min(self.oldest, *versions)
         self.newest = max(self.newest, *versions)
+        for rollout in graded:
+            if (turn := solved_at(rollout)) is not None:
+                missing = turn + 1 - len(self.solved_at)
+                self.solved_at = self.solved_at + [0] * missing
+                self.solved_at[turn] += 1
 
     def is_complete(self, problems: int) -> bool:
         return len(self.issued) >= problems and self.is_answered
@@ -54,6 +62,13 @@ class Evaluation(msgspec.Struct, kw_only=True):
     @property
     def accuracy(self) -> float:
         return self.correct / self.rollouts if self.rollouts else math.nan
+
+    @property
+    def by_turn(self) -> dict[str, float]:
+        """Share of the rollouts solved at turn k or before; the last turn at which one was is the
+        last one here."""
+        sums = accumulate(self.solved_at)
+        return {str(k): solved / max(1, self.rollouts) for k, solved in enumerate(sums)}
 
     @property
     def length(self) -> float:

@@ -17,6 +17,7 @@ from common.runfolder import RunFolder
 from common.status import ActorStatus, Heldout, Phase, Status, StatusFile, encode
 from common.versions import Registry
 from common.wire import Group
+from learner import turns
 from learner.agreement import Doubt
 from learner.config import LearnerConfig
 from learner.evaluation import Evaluation
@@ -81,6 +82,7 @@ class Report:
         self._note_actors(desk)
         self._doubt.look(batch.t + 1, report.metrics)
         line: dict[str, Any] = {**report.metrics, **_batch_facts(batch), **self._pool(desk)}
+        line |= turns.facts(_seen(batch), self._config.feedback, self._config.intervene)
         line |= {
             "seconds": self._seconds(),
             "step_s": step_s,
@@ -152,7 +154,12 @@ class Report:
             "heldout": point.accuracy,
             "heldout_length": point.length,
             "heldout_versions": {"oldest": point.oldest, "newest": point.newest},
+            **({"heldout_turns": point.by_turn} if self._has_turns() else {}),
         }
+
+    def _has_turns(self) -> bool:
+        """Whether held-out problems get several turns."""
+        return self._config.feedback is not None and self._config.feedback.evaluate
 
     def _pool(self, desk: Desk) -> dict[str, Value]:
         sums = desk.look(desk.ledger.sums)
@@ -270,11 +277,16 @@ class Report:
         }
 
 
+def _seen(batch: Selection) -> list[Group]:
+    """The main groups looked at."""
+    groups = [*(item.group for item in batch.items), *batch.refused]
+    return [group for group in groups if group.kind == "main"]
+
+
 def _batch_facts(batch: Selection) -> dict[str, Any]:
     """Of the groups looked at: those trained on, and those passed over, by reason."""
     main = [item.group for item in batch.items if item.group.kind == "main"]
-    seen = [*main, *(g for g in batch.refused if g.kind == "main")]
-    rollouts = [r for g in seen for r in g.rollouts if not r.error]
+    rollouts = [r for g in _seen(batch) for r in g.rollouts if not r.error]
     lags = Counter(max(0, batch.t - r.oldest_version) for g in main for r in g.rollouts)
     trained = max(1, sum(lags.values()))
     return {

@@ -85,7 +85,8 @@ class Episodes:
 
     def _render(self, config: FeedbackConfig) -> Feedback:
         self._demand("feedback.wrong", config.wrong.replace("{question}", ""))
-        before, after, end = "\n", "\n", ()
+        before, after = "\n", "\n"
+        end: tuple[int, ...] = ()
         if self._chat:
             before, after = self._boundary()
             end = self._turn_end(before)
@@ -168,7 +169,7 @@ class Episodes:
 
     def _demand(self, name: str, words: str) -> None:
         """Raises ConfigError when the tokenizer has no tokens for them."""
-        if str(self._tokenizer.decode(self._ids(words))).split() != words.split():
+        if str(self._tokenizer.decode(list(self._ids(words)))).split() != words.split():
             raise ConfigError(
                 f"learner.{name}: the model's tokenizer cannot write {words!r}; "
                 "use words that it knows"
