@@ -18,6 +18,7 @@ published again. Keys, each behind `isentrope:<run id>:`
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -109,28 +110,32 @@ def begin_digest(shapes: Sequence[tuple[str, str, tuple[int, ...]]]) -> xxhash.x
     return xxhash.xxh3_128(json.dumps([[n, d, list(s)] for n, d, s in shapes]).encode())
 
 
+_STAMP = re.compile(rb"(\d{1,18}) (\d{1,18}) (\S{1,64})")
+
 _FENCE = """
-local held = tonumber(redis.call('GET', KEYS[1]) or '0')
+local held = (tonumber(redis.call('GET', KEYS[1]) or '0') or 0)
 if tonumber(ARGV[1]) < held then return held end
 redis.call('SET', KEYS[1], ARGV[1])
 return 0
 """
 
 _SERVE = """
-if tonumber(ARGV[1]) < tonumber(redis.call('GET', KEYS[1]) or '0') then return 0 end
+if tonumber(ARGV[1]) < (tonumber(redis.call('GET', KEYS[1]) or '0') or 0) then return 0 end
 redis.call('SET', KEYS[2], ARGV[1] .. ' ' .. ARGV[2])
 return 1
 """
 
 # The same pair again only renews its manifest. A step back, or another digest for a known number,
 # is for a newer learner only; then what its predecessor made from there on is no version any more.
+# A stamp that is no stamp, or names no version, counts as none: memory may be damaged, too.
 _PUBLISH = """
 local fence, latest, manifests, digests, hint = unpack(KEYS)
 local incarnation, version = tonumber(ARGV[1]), tonumber(ARGV[2])
 local digest, manifest = ARGV[3], ARGV[4]
-local held = tonumber(redis.call('GET', fence) or '0')
+local held = tonumber(redis.call('GET', fence) or '0') or 0
 if incarnation < held then return {'fenced', tostring(held)} end
-local newest, owner = string.match(redis.call('GET', latest) or '-1 0', '^(%S+) (%S+)')
+local newest, owner = string.match(redis.call('GET', latest) or '', '^(%d+) (%d+) ')
+if not newest or not redis.call('HGET', digests, newest) then newest, owner = '-1', '0' end
 newest, owner = tonumber(newest), tonumber(owner)
 local known = redis.call('HGET', digests, ARGV[2])
 local behind = version < newest and known ~= digest
@@ -201,16 +206,14 @@ class Registry(SoftState):
     def stamp(self) -> Stamp | None:
         with self.asking("name the latest version"):
             raw = cast("bytes | None", self.client.get(self.key("latest")))
-        if raw is None:
-            return None
-        version, incarnation, content = raw.decode().split(" ")
-        return Stamp(int(version), int(incarnation), content)
+        found = _STAMP.fullmatch(raw or b"")  # what is no stamp says as little as none
+        return Stamp(int(found[1]), int(found[2]), found[3].decode()) if found else None
 
     def known(self, version: int) -> str | None:
         """Content digest under which a version is published."""
         with self.asking(f"give the digest of version {version}"):
             raw = cast("bytes | None", self.client.hget(self.key("digests"), str(version)))
-        return raw.decode() if raw is not None else None
+        return raw.decode(errors="replace") if raw is not None else None
 
     def manifest(self, version: int) -> Manifest:
         """Raises WeightsError when there is none, or one that this version cannot read."""
@@ -263,7 +266,7 @@ class Registry(SoftState):
         """The endpoint at which the newest learner serves its blobs; None: nobody does."""
         with self.asking("say where blobs are served"):
             raw = cast("bytes | None", self.client.get(self.key("served")))
-        return raw.decode().partition(" ")[2] if raw is not None else None
+        return raw.decode(errors="replace").partition(" ")[2] if raw is not None else None
 
     def want_full(self, version: int) -> None:
         """Ask the learner for this version, whole: its patches cannot be used."""
@@ -276,7 +279,7 @@ class Registry(SoftState):
             pipe.get(self.key("full_wanted"))
             pipe.delete(self.key("full_wanted"))
             raw, _ = pipe.execute()
-        return int(raw) if raw is not None else None
+        return int(raw) if raw is not None and raw.isdigit() else None
 
     def wait_hint(self, timeout_s: float) -> bool:
         """Sleep until somebody publishes (True) or `timeout_s` passed. One thread at a time."""

@@ -105,6 +105,7 @@ class Publisher:
                 log.warning("Redis lost version %d: publishing it again", max(self._held))
                 for version in sorted(self._held):
                     self._put(version, Failpoint())
+                self.registry.full_wanted()  # granted
             elif self._is_wanted_whole(max(self._held)):
                 self._put(max(self._held), Failpoint())
         except DeadlineError as error:
@@ -157,7 +158,9 @@ class Publisher:
             raise WeightsError(
                 f"learner incarnation {stamp.incarnation} has taken over this run; end this process"
             )
-        if stamp is None or not self._chain or stamp.version < newest.version:
+        if stamp is None or (stamp.version, stamp.digest) != (newest.version, newest.digest):
+            return True
+        if not self._chain:
             return True
         return self._chain[-1].version != newest.version or not self._is_whole(self._chain)
 
