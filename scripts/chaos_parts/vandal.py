@@ -19,6 +19,7 @@ from typing import Any
 
 FRAMES = 60
 LISTEN_S = 2.0
+STAMPS = (b"", b"\xff\x00 nonsense", b"7", b"999999 1 beef", b"1e9 2")
 
 
 def blob(url: str, seed: int) -> int:
@@ -45,7 +46,9 @@ def stamp(url: str, seed: int) -> int:
     with _client(url) as client:
         keys = client.keys("isentrope:*:latest")
         for key in keys:
-            client.set(key, rng.choice([b"", b"\xff\x00 nonsense", b"7", b"x y z", b"1e9 2"]))
+            client.set(
+                key, rng.choice([b"", b"\xff\x00 nonsense", b"7", b"999999 1 beef", b"1e9 2"])
+            )
     return len(keys)
 
 
