@@ -175,3 +175,18 @@ def test_the_presets_are_those_of_paper_and_code() -> None:
     assert Adora(preset="llm_repo", w_tds=0.3).weights == (1.0, 0.3)
     (of_recipe,) = recipe.load_all("adora")["learner"].methods  # type: ignore[attr-defined]
     assert of_recipe == Adora()
+
+
+def test_the_log_has_the_share_of_groups_with_the_advantage_and_how_long_both_sorts_are() -> None:
+    tas = group([1, 0, 0, 0], [9, 3, 3, 3])
+    tds = group([1, 1, 1, 0], [3, 3, 3, 9])
+    neither = group([1, 1], [7, 7])
+    assert REPO.group_numbers([tas, tas, tds, neither]) == {
+        "tas": 0.5,
+        "tas_length": 4.5,
+        "tds_length": 4.5,
+    }
+    assert REPO.group_numbers([tds]) == {"tas": 0.0, "tds_length": 4.5}
+    assert REPO.group_numbers([]) == {"tas": 0.0}
+    metrics = train([REPO])[1].metrics
+    assert 0 <= metrics["methods/adora/tas"] <= 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import msgspec
@@ -82,19 +82,38 @@ class Adora(Method, frozen=True, kw_only=True, tag="adora"):
             factor = factor / factor.mean()
         return factor
 
+    def group_numbers(self, groups: Sequence[wire.Group]) -> Mapping[str, float]:
+        """tas: the share of groups with the advantage; tas_length, tds_length: mean tokens of an
+        answer in groups with it and without it (absent where there is none).
+        """
+        verdicts = [self.verdict(group) for group in groups]
+        found = {"tas": sum(v is True for v in verdicts) / max(1, len(verdicts))}
+        for key, wanted in (("tas_length", True), ("tds_length", False)):
+            of = [
+                g.rollouts for g, verdict in zip(groups, verdicts, strict=True) if verdict is wanted
+            ]
+            lengths = [r.length for rollouts in of for r in rollouts]
+            if lengths:
+                found[key] = sum(lengths) / len(lengths)
+        return found
+
     def factor(self, group: wire.Group) -> float:
-        criteria = self.criteria or PRESETS[self.preset].criteria
         tas, tds = self.weights
+        verdict = self.verdict(group)
+        return 1.0 if verdict is None else tas if verdict else tds
+
+    def verdict(self, group: wire.Group) -> bool | None:
+        """Whether `criteria` hold: TAS, or TDS; None: no evidence."""
+        criteria = self.criteria or PRESETS[self.preset].criteria
         right = [r.length for r in group.rollouts if r.correct > _RIGHT]
         wrong = [r.length for r in group.rollouts if r.correct <= _RIGHT and not self._is_cut(r)]
         easy = len(right) > self.tau * len(group.rollouts)
         if criteria == "difficulty":
-            return tds if easy else tas
+            return not easy
         longer = self._longer(right, wrong)
-        if longer is None:
-            return 1.0
-        holds = longer and not easy if criteria == "and" else longer or not easy
-        return tas if (longer if criteria == "length" else holds) else tds
+        if longer is None or criteria == "length":
+            return longer
+        return longer and not easy if criteria == "and" else longer or not easy
 
     def _longer(self, right: list[int], wrong: list[int]) -> bool | None:
         """LA; None: no evidence, factor 1."""

@@ -83,6 +83,10 @@ class Method(
         """float [G]: factors of the advantages of the batch's main groups, by ticket id."""
         return None
 
+    def group_numbers(self, groups: Sequence[wire.Group]) -> Mapping[str, float]:
+        """What the log shall say of these groups, as methods/NAME/KEY."""
+        return {}
+
     def drop(self, table: Table) -> Tensor | None:
         """bool [T]: tokens to take out of the loss (True: out). The denominator stays."""
         return None

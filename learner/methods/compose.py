@@ -67,6 +67,13 @@ class Methods:
                 _check_factor(m, own[m.name], groups)
         return own
 
+    def group_numbers(self, groups: Sequence[wire.Group]) -> dict[str, effect.Value]:
+        return {
+            key: value
+            for m in self._with("group_numbers")
+            for key, value in _named(m, m.group_numbers(groups)).items()
+        }
+
     @torch.no_grad()
     def factors(
         self,
