@@ -25,7 +25,7 @@ from actor.stage import Answer, Clock, Stage, ended, given, judged, policy, roll
 from actor.voice import Asked
 from common.episodes import Feedback
 from common.errors import DataError
-from common.grading import OPTIONS, options_of
+from common.grading import OPTIONS, Extraction, options_of
 from common.wire import Grading, Rollout, Sampling, Segment, Ticket
 
 _CHOICE = np.uint64(0x5DEECE66D1CE4E5B)  # which of several tries: a stream of its own
@@ -163,8 +163,7 @@ def answer_key(text: str, grading: Grading) -> str | None:
     """What makes two answers the same: what the first grader would look at, spaces and capitals
     apart; the whole text where the grader is a stranger."""
     first = grading.parts[0] if grading.parts else None
-    if first is None or first.grader not in OPTIONS:
-        found: str | None = text
-    else:
-        found = answer_of(text, options_of(first.grader, first.options))
+    known = first is not None and first.grader in OPTIONS
+    options = options_of(first.grader, first.options) if first and known else None
+    found = answer_of(text, options) if isinstance(options, Extraction) else text
     return None if found is None else "".join(found.split()).casefold()

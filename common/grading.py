@@ -5,9 +5,10 @@ anything is started, and graders take them.
     numeric         the answer is the gold number, within a tolerance
     math_verify     the answer equals the gold one as mathematics
     reasoning_gym   the score that the task's own scorer gives
+    format          the share of given marks that stand in the response exactly once
     python:MODULE:FUNCTION   a function with TRL's signature; its options are its own
 
-All but the last share one way to find the answer in a response: `Extraction`.
+The first four share one way to find the answer in a response: `Extraction`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ import msgspec
 from common.errors import ConfigError
 
 
-class Extraction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class Extraction(Options, frozen=True, kw_only=True):
     """Where in a response the answer is. Each field that is set narrows what the one before it
     left; a response without what it looks for has no answer.
     """
@@ -59,15 +64,20 @@ class ReasoningGym(Extraction, frozen=True, kw_only=True):
     pass
 
 
-OPTIONS: dict[str, type[Extraction]] = {
+class Format(Options, frozen=True, kw_only=True):
+    marks: tuple[str, ...] = ()
+
+
+OPTIONS: dict[str, type[Options]] = {
     "exact": Exact,
     "numeric": Numeric,
     "math_verify": MathVerify,
     "reasoning_gym": ReasoningGym,
+    "format": Format,
 }
 
 
-def options_of(grader: str, options: dict[str, Any]) -> Extraction:
+def options_of(grader: str, options: dict[str, Any]) -> Options:
     """Raises ConfigError naming what is wrong; `grader` is a key of OPTIONS."""
     kind = OPTIONS[grader]
     unknown = sorted(set(options) - set(kind.__struct_fields__))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from common.records import AnyRecord
 from learner.config import LearnerConfig
+from learner.prompts import curriculum
+from learner.synthesis.pool import Pool
 
 if TYPE_CHECKING:
     from learner.ledger import Entry
@@ -30,4 +32,9 @@ class Follower(Protocol):
 
 def followers(config: LearnerConfig, seed: int) -> dict[str, Follower]:
     """Those that `config` asks for, by name; none of them by default."""
-    return {}
+    found: dict[str, Follower] = {}
+    if config.prompts.curriculum is not None:
+        found[curriculum.NAME] = curriculum.Curriculum(config.prompts.curriculum, seed)
+    if config.synthesis is not None:
+        found["synthesis"] = Pool(config.synthesis)
+    return found

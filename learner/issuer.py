@@ -1,6 +1,7 @@
 """What to ask next, and whether there is room for it.
 
-    evaluations ─▶ aux tickets ─▶ main tickets: prompts of stale groups first, then the stream
+    evaluations ─▶ aux ─▶ score, propose ─▶ main tickets: prompts of stale groups first, then the
+                                            pool of proposed problems in its turn, then the stream
 
 Room is what the lag bound leaves: tickets out plus usable groups buffered stay below
 (max_lag + 1) × groups_per_step, so that what is asked now is fresh enough when it is used. Groups
@@ -14,12 +15,17 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from common import wire
-from common.records import Issue
+from common.episodes import Episode
+from common.records import AnyRecord, Issue
 from learner.config import LearnerConfig
 from learner.inbox import Usable
 from learner.ledger import Ledger
 from learner.methods.base import Ask
+from learner.prompts import curriculum
 from learner.prompts.stream import Draft, Prompts
+from learner.synthesis.asking import Request
+from learner.synthesis.pool import Pool
+from learner.synthesis.server import Synthesis
 
 NOTHING = Ask(groups=0, temperature=1.0)
 
@@ -40,12 +46,16 @@ class Issuer:
         config: LearnerConfig,
         ledger: Ledger,
         prompts: Prompts,
-        write: Callable[[Issue], None],
+        write: Callable[[AnyRecord], None],
     ) -> None:
         self.ask = NOTHING  # of aux tickets from now on
         self._config, self._ledger, self._prompts, self._write = config, ledger, prompts, write
         self._evaluations: deque[tuple[str, Draft, int]] = deque()  # label, problem, min_version
         self._usable = {kind: Usable(kind) for kind in ("main", "aux")}
+        pool = ledger.followers.get("synthesis")
+        self._synthesis = (
+            Synthesis(config, pool, ledger, prompts, write) if isinstance(pool, Pool) else None
+        )
 
     def evaluate(self, label: str, problems: Sequence[Draft], min_version: int) -> None:
         """Those of `problems` that evaluation `label` has not asked yet come before all else."""
@@ -74,7 +84,8 @@ class Issuer:
         )
 
     def wants(self, room: Room) -> bool:
-        return bool(self._evaluations) or room.main > 0 or room.aux > 0
+        made = self._synthesis is not None and self._synthesis.asking.wants()
+        return bool(self._evaluations) or room.main > 0 or room.aux > 0 or made
 
     def next(self, room: Room) -> tuple[int | None, Room]:
         """The id of a ticket issued just now (None: there is no room), and the room then left.
@@ -85,10 +96,32 @@ class Issuer:
             return self._evaluation(*self._evaluations.popleft()), room
         if room.aux > 0:
             return self._training("aux", room), room._replace(aux=room.aux - 1)
+        if self._synthesis is not None and (made := self._synthesis.asking.next()) is not None:
+            return self._of(made), room
         if room.main > 0:
             left = room._replace(main=room.main - 1, ahead=room.ahead + 1)
             return self._training("main", room), left
         return None, room
+
+    def turn(self) -> None:
+        """Record what follows from what came in."""
+        if self._synthesis is not None:
+            self._synthesis.turn()
+
+    def close(self) -> None:
+        if self._synthesis is not None:
+            self._synthesis.close()
+
+    def _of(self, made: Request) -> int:
+        return self._ticket(
+            made.draft,
+            made.kind,
+            n=made.n,
+            temperature=made.temperature,
+            min_version=self._ledger.t,  # the latest weights
+            parent=made.parent,
+            max_tokens=made.max_tokens,
+        )
 
     def _evaluation(self, label: str, draft: Draft, min_version: int) -> int:
         evaluation = self._config.eval
@@ -99,6 +132,7 @@ class Issuer:
             temperature=evaluation.temperature,
             label=label,
             min_version=min_version,
+            episode=self._prompts.episode("eval", draft),
         )
 
     def _training(self, kind: wire.Kind, room: Room) -> int:
@@ -108,10 +142,14 @@ class Issuer:
         min_version = max(0, min(needed_at, config.steps - 1) - config.max_lag)
         if kind == "main" and ledger.again:
             old = ledger.again[0]
-            draft = Draft(old.problem, old.prompt, old.grading, old.template, old.source, -1)
+            draft = Draft(
+                old.problem, old.prompt, old.grading, old.template, old.source, -1, old.question
+            )
             parent: int | None = old.id
+            episode = old.episode
         else:
-            draft, parent = self._prompts.draw(ledger.cursor), None
+            draft, parent = self._fresh(kind)
+            episode = self._prompts.episode(kind, draft)
         return self._ticket(
             draft,
             kind,
@@ -119,7 +157,17 @@ class Issuer:
             temperature=config.temperature if kind == "main" else self.ask.temperature,
             min_version=min_version,
             parent=parent,
+            episode=episode,
         )
+
+    def _fresh(self, kind: wire.Kind) -> tuple[Draft, int | None]:
+        """A problem that was not asked before, and the ticket that it was made from."""
+        if self._synthesis is not None and kind == "main":
+            made = self._synthesis.asking.mixed()
+            if made is not None:
+                return made
+        wanted = curriculum.of(self._ledger.followers)
+        return self._prompts.draw(self._ledger.cursor, wanted), None
 
     def _ticket(
         self,
@@ -131,9 +179,12 @@ class Issuer:
         min_version: int,
         label: str = "",
         parent: int | None = None,
+        episode: Episode | None = None,
+        max_tokens: int = 0,
     ) -> int:
         id_ = self._ledger.next_id
-        sampling = self._prompts.sampling(id_, temperature, self._config.max_tokens)
+        most = max_tokens or self._config.max_tokens
+        sampling = self._prompts.sampling(id_, temperature, most)
         ticket = wire.Ticket(
             id=id_,
             kind=kind,
@@ -148,6 +199,8 @@ class Issuer:
             label=label,
             min_version=min_version,
             cursor=draft.cursor,
+            episode=episode,
+            question=draft.text if self._synthesis is not None else "",
         )
         self._write(Issue(ticket=ticket))
         return id_

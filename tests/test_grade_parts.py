@@ -59,7 +59,7 @@ def test_one_grader_is_one_part_named_correct(tmp_path: Path) -> None:
         ('[learner.prompts]\ngrader = "exakt"', "did you mean 'exact'?"),
         (
             '[learner.prompts]\ngrader = "python:mine"',
-            "give one of exact, numeric, math_verify, reasoning_gym, or python:MODULE:FUNCTION",
+            "give one of exact, numeric, math_verify, reasoning_gym, format, or python:MODULE:",
         ),
         (
             '[learner.prompts]\ngrader = "math_verify"\ngrader_options = { percnt = "ignore" }',

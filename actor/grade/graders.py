@@ -1,6 +1,7 @@
 """Graders by name: pure functions of texts, called in worker processes. Never torch.
 
     exact numeric math_verify reasoning_gym   ours (common/grading.py): extraction, then a judgement
+    format                                    ours: marks in the whole text
     python:MODULE:FUNCTION                    TRL's signature: (completions, **columns)
                                               -> list[float | None]
 
@@ -21,9 +22,10 @@ from typing import Any
 
 import msgspec
 
+from actor.grade import marks
 from actor.grade.extract import answer_of
 from common.errors import DataError
-from common.grading import OPTIONS, Extraction, MathVerify, options_of
+from common.grading import OPTIONS, Extraction, Format, MathVerify, Options, options_of
 
 Score = float | None
 Function = Callable[..., Sequence[Score]]
@@ -34,6 +36,7 @@ _MODULES = {
     "numeric": "actor.grade.numeric",
     "math_verify": "actor.grade.mathematics",
     "reasoning_gym": "actor.grade.gym",
+    "format": "actor.grade.marks",
 }
 
 
@@ -77,6 +80,9 @@ def _graded(
     name: str, texts: Sequence[str], gold: str, columns: dict[str, Any], options: dict[str, Any]
 ) -> list[Score]:
     module, chosen = _ours(name), _options(name, msgspec.msgpack.encode(options))
+    if isinstance(chosen, Format):
+        return [marks.score(text, chosen.marks) for text in texts]
+    assert isinstance(chosen, Extraction)
     wanted = getattr(module, "COLUMNS", ())
     row = msgspec.msgpack.encode({key: columns[key] for key in wanted if key in columns})
     answers = [_found(module, text, chosen) for text in texts]
@@ -106,7 +112,7 @@ def _judged(
 
 
 @functools.lru_cache(maxsize=256)
-def _options(name: str, packed: bytes) -> Extraction:
+def _options(name: str, packed: bytes) -> Options:
     return options_of(name, msgspec.msgpack.decode(packed))
 
 

@@ -6,9 +6,9 @@ pickle), so killing one by its id harms no other; a `concurrent.futures` pool is
 when one of its processes dies.
 
 All rollouts of a group are one question. If that fails they are asked again one by one, so that a
-single poisonous text does not take its siblings' verdicts with it. `exact` and `numeric` are pure
-and ours and take microseconds: they are called in place, a hop to a process would cost the event
-loop more than the grading.
+single poisonous text does not take its siblings' verdicts with it. `exact`, `format` and `numeric`
+are pure and ours and take microseconds: they are called in place, a hop to a process would cost the
+event loop more than the grading.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from common.wire import GradePart, Grading
 
 log = logging.getLogger(__name__)
 
-IN_PLACE = frozenset({"exact", "numeric"})
+IN_PLACE = frozenset({"exact", "format", "numeric"})
 TOLD = 64  # different complaints of graders that are logged, each once
 LOAD_S = 60.0  # to start a process and import a grader; not part of the deadline of grading
 

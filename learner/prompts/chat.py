@@ -11,6 +11,7 @@ import numpy as np
 
 from common.errors import DataError
 from learner.prompts.config import PromptsConfig
+from learner.prompts.templates import PLACE, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,26 +33,30 @@ class Renderer:
         self.chat = has_one if config.chat == "auto" else config.chat
         self.stop = self._turn_end() if self.chat else ()
 
-    def __call__(self, question: str) -> np.ndarray:
-        """int32 [P], up to where the model goes on."""
+    def __call__(self, question: str, template: Template | None = None) -> np.ndarray:
+        """int32 [P], up to where the model goes on; in the words of `template`, or the recipe's."""
         text = "\n".join(part for part in (question, self._config.instruction) if part)
+        if template is None:
+            return self._ids(self._config.system, text, self._config.prefill)
+        user = template.user.replace(PLACE, text)
+        return self._ids(template.system, user, template.prefill)
+
+    def _ids(self, system: str, user: str, prefill: str) -> np.ndarray:
         if self.chat:
-            text = self._templated([*self._system(), _turn("user", text)], add=True)
-        elif self._config.system:
-            text = f"{self._config.system}\n{text}"
-        ids = self._tokenizer(text + self._config.prefill, add_special_tokens=False)["input_ids"]
+            text = self._templated([*_system(system), _turn("user", user)], add=True)
+        else:
+            text = f"{system}\n{user}" if system else user
+        ids = self._tokenizer(text + prefill, add_special_tokens=False)["input_ids"]
         return np.asarray(ids, np.int32)
 
     def _turn_end(self) -> tuple[int, ...]:
         """The special token that the template writes behind an answer: it stops one."""
-        turns = [*self._system(), _turn("user", "question"), _turn("assistant", _ANSWER)]
+        system = _system(self._config.system)
+        turns = [*system, _turn("user", "question"), _turn("assistant", _ANSWER)]
         _, _, rest = self._templated(turns, add=False).rpartition(_ANSWER)
         ids = self._tokenizer(rest, add_special_tokens=False)["input_ids"]
         special = set(self._tokenizer.all_special_ids) | set(self._tokenizer.added_tokens_decoder)
         return tuple(ids[:1]) if set(ids[:1]) <= special else ()
-
-    def _system(self) -> list[dict[str, str]]:
-        return [_turn("system", self._config.system)] if self._config.system else []
 
     def _templated(self, turns: list[dict[str, str]], add: bool) -> str:
         try:
@@ -61,6 +66,10 @@ class Renderer:
         except Exception as error:  # noqa: BLE001  a model's own template may raise anything
             raise DataError(f"the model's chat template: {type(error).__name__}: {error}") from None
         return str(text)
+
+
+def _system(text: str) -> list[dict[str, str]]:
+    return [_turn("system", text)] if text else []
 
 
 def _turn(role: str, content: str) -> dict[str, str]:

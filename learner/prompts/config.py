@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from common import grading
-from common.config import NotNegative, Positive, PositiveInt, Section, need
+from common.config import Positive, PositiveInt, Section, need
 from common.errors import ConfigError
+from learner.prompts.templates import FORMAT, TemplatesConfig
 
 FILES = ("jsonl", "parquet", "saved")
 Kind = Literal["arithmetic", "jsonl", "parquet", "saved", "reasoning_gym"]
@@ -45,30 +46,20 @@ class MixedSource(Section, frozen=True, kw_only=True):
     parts: tuple[PartConfig, ...] = ()
 
 
-class TemplatesConfig(Section, frozen=True, kw_only=True):
-    """Prompt augmentation (arXiv 2602.03190): each problem is asked in one of many templates."""
-
-    file: str = ""  # templates of your own, TOML; "tiny" is shipped; they win over the others
-    use: tuple[str, ...] = ()  # names; (): all of `file`, or the 13 that are shipped
-    evaluation: str = ""  # the one that evaluations ask in; "": the first
-    format_weight: NotNegative = 1.0  # × the share of a template's marks that are right; 0: no part
-    gate_by_acc: bool = False  # the format counts only where the answer is right
-
-
 class CurriculumConfig(Section, frozen=True, kw_only=True):
-    """Which problem comes next, by how well the policy did on it (s: its tracked success)."""
+    """Which problem comes next, by how well the policy did on it: curriculum.py."""
 
     rule: Literal["target", "prioritised", "learnability"] = "learnability"
     candidates: PositiveInt = 64  # problems looked at for one draw
-    pool: PositiveInt = 4096  # problems of an endless source that are gone back to
-    decay: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.9  # of earlier groups, at a new one
-    fade: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.99  # of all evidence, a version of age
-    epsilon: Positive = 0.02  # least weight: what is solved or hopeless is looked at again
-    difficulty: str = ""  # target: column with 0…100; "": 100 (1 - s)
-    start: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.0  # target: difficulty aimed at first
-    aim: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.5  # target: accuracy to hold
-    sensitivity: Positive = 2.0  # target: …
-    step: Positive = 50.0  # target: T += step tanh(sensitivity (accuracy - aim))
+    pool: PositiveInt = 4096  # so many problems of an endless source are gone back to
+    decay: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.9
+    fade: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.99
+    epsilon: Positive = 0.02  # added to every weight: the solved and the hopeless come again
+    difficulty: str = ""  # target: a column with 0…100; "": 100 (1 - s)
+    start: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.0  # target: T at first
+    aim: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.5  # target: the accuracy to hold, by …
+    step: Positive = 50.0  # … T += step tanh(sensitivity (accuracy - aim)) after every step
+    sensitivity: Positive = 2.0
 
 
 class PromptsConfig(Section, frozen=True, kw_only=True):
@@ -138,7 +129,7 @@ class PromptsConfig(Section, frozen=True, kw_only=True):
             all(not alone.prefill for alone in self.each()),
             "prefill: the templates bring their own; leave it out",
         )
-        taken = any(part.name == "format" for alone in self.each() for part in alone.parts)
+        taken = any(part.name == FORMAT for alone in self.each() for part in alone.parts)
         need(
             not taken or self.templates.format_weight == 0,
             'parts: the templates add a part "format"; name yours otherwise',

@@ -1,16 +1,18 @@
 """A file of rows as a source: which rows are usable, which are held out, in what order they come.
 
 One pass when the run starts reads the two columns that matter of every row. A row without one of
-them, or with a question that another row had before it, is left out; how many and which is said in
-one line. Of the rest a tenth, at most 1,000 rows, is held out: those whose questions' digests are
-smallest, so that neither a copy of a question nor the order of the file can put it on both sides.
-With a held-out file its questions are taken out of the training rows instead. Numbers, digests and
-orders of rows are held in memory, 8 bytes each; the rows are not.
+them, or with a question that another row had before it, is left out, and where rows ask the same
+and name different answers all of them are: which one is right nobody knows. How many and which is
+said in one line each. Of the rest a tenth, at most 1,000 rows, is held out: those whose questions'
+digests are smallest, so that neither a copy of a question nor the order of the file can put it on
+both sides. With a held-out file its questions are taken out of the training rows instead. Numbers,
+digests and orders of rows are held in memory, 8 bytes each; the rows are not.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from array import array
 from collections import defaultdict
 from collections.abc import Iterator
@@ -61,30 +63,45 @@ class Dataset:
         if heldout is None:
             held = min(HELDOUT_MOST, max(1, len(numbers) // HELDOUT_SHARE))
             order = np.argsort(digests, kind="stable")
-            self._heldout, self._train = numbers[order[:held]], np.sort(numbers[order[held:]])
+            train = np.sort(order[held:])
+            self._heldout, self.heldout_digests = numbers[order[:held]], digests[order[:held]]
+            self._train, self._digests = numbers[train], digests[train]
         else:
-            self._heldout, theirs = _index(heldout, config)
-            ours = np.isin(digests, theirs, invert=True)
-            self._train = numbers[ours]
-            if not ours.all():
-                log.warning(
-                    "%s: %s left out: %s holds their questions out",
-                    rows.path,
-                    _counted(len(ours) - int(ours.sum())),
-                    heldout.path,
-                )
-        if not len(self._train) or not len(self._heldout):
-            raise DataError(f"{rows.path}: too few rows to train on some and hold out others")
+            self._heldout, self.heldout_digests = _index(heldout, config)
+            self._train, self._digests = numbers, digests
+            self.leave_out(self.heldout_digests, str(heldout.path))
+        self._check()
+
+    @property
+    def rows(self) -> int:
+        return len(self._train)
+
+    def leave_out(self, digests: np.ndarray, holder: str) -> None:
+        """Train on no row whose question's digest (uint64) is among `digests`, which `holder` holds
+        out. Raises DataError when none is left.
+        """
+        ours = np.isin(self._digests, digests, invert=True)
+        if not ours.all():
+            message = "%s: %s left out: %s holds their questions out"
+            log.warning(message, self._rows.path, _counted(int((~ours).sum())), holder)
+        self._train, self._digests = self._train[ours], self._digests[ours]
+        self._check()
 
     def train(self, index: int) -> Problem:
         epoch, position = divmod(index, len(self._train))
         order = _order(self._seed, epoch, len(self._train))
-        return self._problem(self._rows, int(self._train[order[position]]))
+        problem = self._problem(self._rows, int(self._train[order[position]]))
+        return problem._replace(epoch=epoch)
 
     def heldout(self, index: int) -> Problem | None:
         if index >= len(self._heldout):
             return None
         return self._problem(self._heldout_rows, int(self._heldout[index]))
+
+    def _check(self) -> None:
+        if not len(self._train) or not len(self._heldout):
+            path = self._rows.path
+            raise DataError(f"{path}: too few rows to train on some and hold out others")
 
     def _problem(self, rows: Rows, number: int) -> Problem:
         columns = rows.row(number)
@@ -101,16 +118,16 @@ class Dataset:
 def _index(rows: Rows, config: PromptsConfig) -> tuple[np.ndarray, np.ndarray]:
     """Numbers (int64) and questions' digests (uint64) of the usable rows, in the file's order."""
     wanted = (config.prompt_column, config.answer_column)
-    numbers, digests = array("q"), array("Q")
+    numbers, digests, golds = array("q"), array("Q"), array("Q")
     lacking: dict[str, list[int]] = defaultdict(list)
     for number, columns in rows.scan(wanted):
-        missing = next((name for name in wanted if _value(columns, name) in (None, "")), None)
+        missing = next((name for name in wanted if _is_missing(_value(columns, name))), None)
         if missing is not None:
             lacking[missing].append(number)
             continue
         numbers.append(number)
-        question = _text(_value(columns, config.prompt_column))
-        digests.append(xxhash.xxh3_64_intdigest(question.encode()))
+        digests.append(_digest(_value(columns, config.prompt_column)))
+        golds.append(_digest(_value(columns, config.answer_column)))
     for name, where in lacking.items():
         if not numbers:
             known = ", ".join(rows.columns())
@@ -120,7 +137,25 @@ def _index(rows: Rows, config: PromptsConfig) -> tuple[np.ndarray, np.ndarray]:
             )
         left_out = _counted(len(where))
         log.warning("%s: %s left out: no %s in %s", rows.path, left_out, name, _few(where))
-    return _first_of_each(rows, np.frombuffer(numbers, np.int64), np.frombuffer(digests, np.uint64))
+    found = np.frombuffer(numbers, np.int64), np.frombuffer(digests, np.uint64)
+    agreeing = _agreeing(rows, *found, np.frombuffer(golds, np.uint64))
+    return _first_of_each(rows, found[0][agreeing], found[1][agreeing])
+
+
+def _agreeing(
+    rows: Rows, numbers: np.ndarray, digests: np.ndarray, golds: np.ndarray
+) -> np.ndarray:
+    """bool [rows]: no other row asks the same and names another answer."""
+    _, first, question = np.unique(digests, return_index=True, return_inverse=True)
+    other = golds != golds[first][question]
+    disputed: np.ndarray = np.bincount(question, other) > 0
+    left_out = disputed[question]
+    if left_out.any():
+        message = "%s: %s left out: others ask the same and name another answer: %s"
+        where = numbers[left_out].tolist()
+        log.warning(message, rows.path, _counted(len(where)), _few(where))
+    agreed: np.ndarray = ~left_out
+    return agreed
 
 
 def _first_of_each(
@@ -151,6 +186,19 @@ def _value(columns: dict[str, Any], name: str) -> Any:
     column, _, field = name.partition(".")
     inner = columns.get(column)
     return _value(inner, field) if isinstance(inner, dict) else None
+
+
+def _is_missing(value: Any) -> bool:
+    """Nothing, or nothing but spaces; 0 and false are something."""
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or (isinstance(value, list | dict) and not value)
+
+
+def _digest(value: Any) -> int:
+    return xxhash.xxh3_64_intdigest(_text(value).encode())
 
 
 def _text(value: Any) -> str:

@@ -36,14 +36,14 @@ class Gym:
     """Raises DataError: no such task or option, items that are not pure or cannot travel."""
 
     def __init__(self, task: str, options: dict[str, Any], seed: int) -> None:
-        self.name = task
+        self.name, self.rows = task, None
         self._seed = seed
         self._items = _make(task, options, seed)
         self._config = plain(options)
         self._check()
 
     def train(self, index: int) -> Problem:
-        return self._draw(index, "train")
+        return self._draw(index, "train")._replace(epoch=index)
 
     def heldout(self, index: int) -> Problem:
         return self._draw(index, "heldout")

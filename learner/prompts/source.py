@@ -24,10 +24,18 @@ class Problem(NamedTuple):
     text: str
     gold: str
     columns: dict[str, Any]
+    epoch: int = 0  # which pass over the rows asks it; in an endless source every draw is one
+    source: str = ""  # of several sources the one it is from …
+    number: int = 0  # … and its place among them
 
 
 class Source(Protocol):
     name: str
+
+    @property
+    def rows(self) -> int | None:
+        """Problems to train on, after which they come again; None: endless."""
+        ...
 
     def train(self, index: int) -> Problem:
         """Endless."""
@@ -40,6 +48,15 @@ class Source(Protocol):
 
 def open_source(config: PromptsConfig, seed: int) -> Source:
     """Raises DataError when the data is not there or lacks a column."""
+    if config.sources:
+        from learner.prompts.mixture import Mixture
+
+        leaves = [_open(alone, seed) for alone in config.each()]
+        return Mixture(leaves, config.sources, seed)
+    return _open(config, seed)
+
+
+def _open(config: PromptsConfig, seed: int) -> Source:
     if config.source == "arithmetic":
         return Arithmetic(seed)
     if config.source == "reasoning_gym":
@@ -70,12 +87,14 @@ class Arithmetic:
     """Sums made on the spot (arithmetic.py); training and held-out ones never meet."""
 
     name = "arithmetic"
+    rows = None
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
     def train(self, index: int) -> Problem:
-        return self._problem(arithmetic.draw(self._seed, index, "train"))
+        problem = self._problem(arithmetic.draw(self._seed, index, "train"))
+        return problem._replace(epoch=index)
 
     def heldout(self, index: int) -> Problem:
         return self._problem(arithmetic.draw(self._seed, index, "heldout"))

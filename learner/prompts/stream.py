@@ -1,20 +1,27 @@
-"""The prompt stream: source → text → tokens, once, here; actors get token ids and never tokenise a
-prompt again.
+"""The prompt stream: source → curriculum → template → tokens, once, here; actors get token ids and
+never tokenise a prompt again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from common.episodes import Episode
 from common.errors import DataError
-from common.wire import GradePart, Grading, Sampling
+from common.grading import OPTIONS, Extraction
+from common.proposals import PREFIX
+from common.wire import GradePart, Grading, Kind, Sampling
 from learner.prompts.chat import Renderer
 from learner.prompts.config import PromptsConfig
+from learner.prompts.curriculum import Curriculum
+from learner.prompts.episodes import Episodes
 from learner.prompts.source import Problem, Source
+from learner.prompts.templates import STOP_WORDS, Templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -37,6 +44,13 @@ class Draft(NamedTuple):
     text: str = ""  # the problem's own words
 
 
+class _Voice(NamedTuple):
+    """How the problems of one source are asked and graded."""
+
+    render: Renderer
+    parts: tuple[GradePart, ...]
+
+
 class Prompts:
     """Pure: the same cursor gives the same draft, whenever and however often it is asked."""
 
@@ -48,22 +62,30 @@ class Prompts:
         stop: tuple[int, ...],
         seed: int,
         max_prompt: int,
+        episodes: Episodes | None = None,
     ) -> None:
+        self.tokenizer = tokenizer
         self._source = source
-        self._config = config
-        self._render = Renderer(config, tokenizer)
-        self._stop = tuple(sorted({*stop, *self._render.stop}))
-        self._seed = seed
+        alone = config.each()  # of several sources, each by itself
+        self._voices = [_Voice(Renderer(one, tokenizer), parts_of(one)) for one in alone]
+        self._templates = Templates(config.templates, seed) if config.templates else None
+        self._stop = tuple(sorted({*stop, *self._voices[0].render.stop}))
+        self.seed = seed
         self._max_prompt = max_prompt
+        self._episodes = episodes
         self._unfit: set[str] = set()  # problems that were passed over
         self._heldout: dict[int, list[Draft]] = {}
-        self._parts = parts_of(config)
 
-    def draw(self, cursor: int) -> Draft:
-        """The first problem from `cursor` on of which a prompt can be made. Raises DataError when
-        there is none for long."""
-        for position in range(cursor, cursor + MOST_UNFIT):
-            draft = self._draft(self._source.train(position), position)
+    def draw(self, cursor: int, curriculum: Curriculum | None = None) -> Draft:
+        """The first problem from `cursor` on of which a prompt can be made, or the one that
+        `curriculum` wants next. Raises DataError when there is none for long.
+        """
+        if curriculum is not None:
+            wanted = curriculum.choose(self._source)
+        else:
+            wanted = ((self._source.train(i), i) for i in range(cursor, cursor + MOST_UNFIT))
+        for problem, position in islice(wanted, MOST_UNFIT):
+            draft = self._draft(problem, position)
             if draft is not None:
                 return draft
         raise DataError(f"{MOST_UNFIT} problems in a row do not fit; {self._room()}")
@@ -89,20 +111,46 @@ class Prompts:
             log.warning("%d held-out problems: there are no %d different ones", len(found), count)
         return list(found.values())
 
+    def made(self, problem: Problem, source: str) -> Draft | None:
+        """A problem that is in no source, asked for training as those of `source` are. None: it
+        does not fit.
+        """
+        names: tuple[str, ...] = getattr(self._source, "names", ())
+        number = names.index(source) if source in names else 0
+        draft = self._draft(problem._replace(number=number), 0)
+        return None if draft is None else draft._replace(source=PREFIX, cursor=-1)
+
+    def fits(self, ids: np.ndarray) -> bool:
+        return 0 < len(ids) <= self._max_prompt
+
+    def episode(self, kind: Kind, draft: Draft) -> Episode | None:
+        """What comes after the first answer; None: nothing."""
+        if self._episodes is None:
+            return None
+        return self._episodes.of(kind, draft.prompt, draft.text)
+
     def sampling(self, ticket: int, temperature: float, max_tokens: int) -> Sampling:
-        digest = hashlib.blake2b(f"{self._seed}/{ticket}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{self.seed}/{ticket}".encode(), digest_size=8).digest()
         seed = int.from_bytes(digest, "big") >> 1
         return Sampling(temperature=temperature, max_tokens=max_tokens, stop=self._stop, seed=seed)
 
     def _draft(self, problem: Problem, cursor: int) -> Draft | None:
-        """None when no prompt can be made of it, which is said once a problem."""
-        ids = self._render(problem.text)
-        if not 0 < len(ids) <= self._max_prompt:
+        """None when no prompt can be made of it, which is said once a problem. `cursor` is -1 for
+        a held-out one, and all of these are asked in one template.
+        """
+        render, parts = self._voices[problem.number]
+        name, template = "chat" if render.chat else "plain", None
+        if self._templates is not None:
+            pick = self._templates.pick(problem.epoch, problem.id)
+            name = pick if cursor >= 0 else self._templates.evaluation
+            template, parts = self._templates[name], parts + self._templates.part(name)
+        ids = render(problem.text, template)
+        if not self.fits(ids):
             self._pass_over(problem.id, len(ids))
             return None
-        grading = Grading(gold=problem.gold, parts=self._parts, columns=problem.columns)
-        template = "chat" if self._render.chat else "plain"
-        return Draft(problem.id, ids, grading, template, self._source.name, cursor)
+        grading = Grading(gold=problem.gold, parts=parts, columns=problem.columns)
+        source = problem.source or self._source.name
+        return Draft(problem.id, ids, grading, name, source, cursor, problem.text)
 
     def _pass_over(self, problem: str, tokens: int) -> None:
         if problem in self._unfit:
@@ -123,9 +171,25 @@ class Prompts:
 def parts_of(config: PromptsConfig) -> tuple[GradePart, ...]:
     """The parts of the reward; `grader` alone is one, named "correct"."""
     if not config.parts:
-        only = GradePart(name="correct", grader=config.grader, options=config.grader_options)
-        return (only,)
+        options = _ending(config, config.grader, config.grader_options)
+        return (GradePart(name="correct", grader=config.grader, options=options),)
     return tuple(
-        GradePart(name=p.name, grader=p.grader, weight=p.weight, options=p.options)
+        GradePart(
+            name=p.name,
+            grader=p.grader,
+            weight=p.weight,
+            options=_ending(config, p.grader, p.options),
+            gated=p.gated,
+        )
         for p in config.parts
     )
+
+
+def _ending(config: PromptsConfig, grader: str, options: dict[str, Any]) -> dict[str, Any]:
+    """With templates an answer ends where a template may end it, the same for all of them, unless
+    the recipe says where.
+    """
+    known = OPTIONS.get(grader)
+    if config.templates is None or known is None or not issubclass(known, Extraction):
+        return options
+    return {"until": list(STOP_WORDS), **options}
