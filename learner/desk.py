@@ -55,6 +55,7 @@ from learner.inbox import Selection, select
 from learner.issuer import Issuer
 from learner.leases import Leases, Peer
 from learner.ledger import Ledger
+from learner.limits import STRANGERS, Limits
 from learner.methods.base import Ask
 from learner.outbox import Outbox
 from learner.prompts.stream import Draft, Prompts
@@ -119,11 +120,12 @@ class Desk:
         self._codec = Codec(FromActor, max_bytes)
         self._socket = socket
         self._quarantined: set[str] = set()
+        self._limits = Limits()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._looks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._waits: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._issuing = True
-        self._last_turn = self._last_pulse = time.monotonic()
+        self._last_turn = self._last_pulse = self._last_drained = time.monotonic()
         self._bell = Bell()
         self._outbox = Outbox(
             socket,
@@ -262,14 +264,19 @@ class Desk:
                 raise
 
     def _turn(self) -> None:
+        if rest_ms := self._limits.rest_ms():
+            self._bell.wait(None, rest_ms)
         self._bell.wait(self._socket if not self.blocked else None, TURN_MS)
         now = time.monotonic()
         gap, self._last_turn = now - self._last_turn, now
         if gap > STOOD_STILL_S:  # SIGSTOP, a laptop's lid: first hear what came in the meantime
             self._leases.postpone(gap)
         drained = not self.blocked and self._receive(now)
+        if drained or self.blocked or gap > STOOD_STILL_S:
+            self._last_drained = now
         self._run_calls()
-        if drained and gap <= STOOD_STILL_S:
+        flooded = now - self._last_drained > STOOD_STILL_S  # then it is never emptied
+        if (drained or flooded) and gap <= STOOD_STILL_S:
             for id_ in self._leases.overdue(now):
                 self._give_back(id_, "infra", "the lease expired")
         self._issue(now)
@@ -288,10 +295,13 @@ class Desk:
             try:
                 if frame.more:
                     raise WireError("malformed", f"{1 + self._skip_rest()} more frames than one")
+                if self._limits.is_muted(peer, now):
+                    self.counts["refused_muted"] += 1
+                    continue
                 data = frame.buffer if len(frame) > COPIED_BYTES else frame.bytes
                 self._hear(peer, self._codec.decode(data), data, now)
             except WireError as error:
-                self._refuse(peer, error)
+                self._refuse(peer, error, now)
         return False
 
     def _skip_rest(self) -> int:
@@ -299,11 +309,13 @@ class Desk:
         return len(rest) - 1
 
     def _hear(self, peer: Peer, message: Any, frame: bytes | memoryview, now: float) -> None:
+        actor = self.actors.get(peer)
+        self._limits.check(peer if actor else STRANGERS, message, now)
         if isinstance(message, Hello):
             self._hello(peer, message, now)
             return
-        actor = self.actors.get(peer)
         if actor is None:
+            self._limits.waste()
             self._send(peer, wire.Refused(reason="hello", **self._identity))
             return
         actor.seen = now
@@ -331,6 +343,7 @@ class Desk:
             if (actor.name, actor.host, actor.pid) == (hello.actor, hello.host, hello.pid):
                 # the same process on a new connection: its leases move below or are freed
                 del self.actors[old]
+                self._limits.forget(old)
                 self._release(old, keep=(*hello.held, *hello.owed))
         self.actors[peer] = Actor(
             hello.actor, hello.engine, hello.host, hello.pid, hello.capacity, now
@@ -402,12 +415,14 @@ class Desk:
             )
             self._forget(peer, "infra")
 
-    def _refuse(self, peer: Peer, error: WireError) -> None:
+    def _refuse(self, peer: Peer, error: WireError, now: float) -> None:
         """A message that cannot be read: counted, answered with the reason; the connection
         lives.
         """
         self.counts[f"refused_{error.reason}"] += 1
         actor = self.actors.get(peer)
+        if not self._limits.refuse(peer if actor else STRANGERS, now):
+            return
         log.warning("%s sent a message that is %s", actor.name if actor else "a stranger", error)
         self._answer(peer, -1, "refused", str(error))
 
@@ -435,6 +450,7 @@ class Desk:
         actor = self.actors.pop(peer, None)
         if actor is None:
             return
+        self._limits.forget(peer)
         log.info("actor %s left", actor.name)
         self.counts["left" if blame == "none" else "lost"] += 1
         for id_ in self._leases.of(peer):
