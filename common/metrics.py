@@ -100,6 +100,9 @@ GLOSSARY: dict[str, str] = {
     "aux_reward": "their mean reward",
     "aux_correct": "share of them that are correct",
     "aux_temperature": "mean temperature they were sampled at",
+    "templates/": "a template: its groups, accuracy, length, entropy, format score (0…1)",
+    "sources/": "a source of a mixture: the same",
+    "curriculum": "problems tracked, their mean success, and the difficulty aimed at (0…100)",
     "methods/": "a number of a method: methods/NAME/NUMBER",
 }
 

@@ -34,9 +34,9 @@ def of_step(batch: Batch, table: Table, config: LearnerConfig) -> Metrics:
     return found
 
 
-def of_answers(groups: Sequence[Group], config: LearnerConfig) -> Metrics:
+def of_answers(groups: Sequence[Group], config: LearnerConfig) -> dict[str, dict[str, float]]:
     """What the answers themselves say. Those whose grader failed say nothing."""
-    found: Metrics = {}
+    found: dict[str, dict[str, float]] = {}
     for name, numbers in _by_origin(groups, config).items():
         answers = [r for number in numbers for r in groups[number].rollouts if not r.error]
         count = max(1, len(answers))

@@ -24,6 +24,8 @@ from learner.evaluation import Evaluation
 from learner.inbox import Selection
 from learner.ledger import Ledger
 from learner.measure import off_policy_alarm
+from learner.origin import of_answers
+from learner.prompts import curriculum
 
 if TYPE_CHECKING:
     from learner.desk import Desk
@@ -82,6 +84,8 @@ class Report:
         self._note_actors(desk)
         self._doubt.look(batch.t + 1, report.metrics)
         line: dict[str, Any] = {**report.metrics, **_batch_facts(batch), **self._pool(desk)}
+        for name, facts in of_answers(_seen(batch), self._config).items():
+            line[name] = facts | line.get(name, {})
         line |= turns.facts(_seen(batch), self._config.feedback, self._config.intervene)
         line |= {
             "seconds": self._seconds(),
@@ -164,7 +168,9 @@ class Report:
     def _pool(self, desk: Desk) -> dict[str, Value]:
         sums = desk.look(desk.ledger.sums)
         actors = list(desk.actors.copy().values())
-        return {
+        wanted = curriculum.of(desk.ledger.followers)
+        told: dict[str, Value] = {"curriculum": desk.look(wanted.facts)} if wanted else {}
+        return told | {
             "issued": sums["main"].issued,
             "buffered": sums["main"].buffered,
             "in_flight": sums["main"].in_flight,
@@ -278,7 +284,7 @@ class Report:
 
 
 def _seen(batch: Selection) -> list[Group]:
-    """The main groups looked at."""
+    """The main groups that the batch rule looked at: those trained on, then those passed over."""
     groups = [*(item.group for item in batch.items), *batch.refused]
     return [group for group in groups if group.kind == "main"]
 
