@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from common import shards
 from common.errors import WeightsError
 from common.versions import Tensor, digest
-
-WEIGHTS = "weights.safetensors"
 
 
 def check_checkpoints(
@@ -31,7 +30,7 @@ def check_checkpoints(
         name = f"checkpoint {path.name}"
         try:
             version = int(path.name.removeprefix("step-"))
-            masters = read_safetensors(path / WEIGHTS)
+            masters = read_weights(path)
             found = {digest(published(masters, dtype)) for dtype in dtypes}
         except (WeightsError, ValueError) as error:
             faults.append(f"{name}: {error}")
@@ -46,6 +45,23 @@ def check_checkpoints(
         else:
             agree += 1
     return agree, faults
+
+
+def read_weights(folder: Path) -> tuple[Tensor, ...]:
+    """The whole weights of a checkpoint of any number of ranks. Raises WeightsError, ValueError."""
+    index = shards.Index.load(folder)
+    files = [shards.name(shards.WEIGHTS, rank, index.ranks) for rank in range(index.ranks)]
+    first, *others = (read_safetensors(folder / file) for file in files)
+    slices = [{tensor.name: tensor for tensor in part} for part in others]
+    if not others:
+        return first
+    return tuple(
+        tensor._replace(
+            shape=index.shapes[tensor.name],
+            data=memoryview(b"".join([tensor.data, *(s[tensor.name].data for s in slices)])),
+        )
+        for tensor in first
+    )
 
 
 def read_safetensors(path: Path) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@
     ├── WeightsError      a weight version that is missing, cut or not what its digest says
     ├── EngineError       the generation engine failed (infrastructure: the ticket goes back)
     │   └── EngineAway    there is none just now, another is being made: the ticket is as it was
+    ├── RankError         another process of the same learner is gone
     └── DeadlineError     something waited for did not happen in time; the message says what
 
 Every message is one line: what is wrong, where, and what to do.
@@ -53,6 +54,10 @@ class EngineError(IsentropeError):
 
 
 class EngineAway(EngineError):
+    pass
+
+
+class RankError(IsentropeError):
     pass
 
 

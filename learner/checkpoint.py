@@ -7,14 +7,20 @@
     fold.msgpack            the ledger's fold (opaque here)
     manifest.json           sha256 of every other file
 
+Of N > 1 ranks each writes its slices, in weights-RANK.safetensors and optimizer-RANK.safetensors,
+and index.json says how many there are and the shape of every whole tensor (common/shards.py). Any
+number of ranks reads what any number wrote: each takes the lines that are its own.
+
 Written aside in the same parent, fsynced, renamed. Nothing pickled.
 """
 
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,35 +30,45 @@ from typing import Any, NamedTuple
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from common import shards
 from common.errors import DataError, JournalError
+from learner import shard
+from learner.comm import Comm, Order
 from learner.measure import Law
 from learner.methods.base import Ask
 from learner.state import TrainState
 
-_FILES = ("weights.safetensors", "optimizer.safetensors", "state.json", "fold.msgpack")
-_MANIFEST = "manifest.json"
+log = logging.getLogger("isentrope.checkpoint")
+_NOTHING = bytes(32)  # the digest of what could not be written
+_FOLD, _STATE, _MANIFEST = "fold.msgpack", "state.json", "manifest.json"
 
 
 def save(folder: Path, state: TrainState, fold: bytes) -> None:
-    """Replaces a checkpoint of the same name. Raises OSError (disk full), the old one intact."""
+    """Replaces a checkpoint of the same name. Raises OSError (disk full), the old one intact.
+
+    Of many ranks rank 0 calls it; the others `save_slices`.
+    """
+    comm = Comm.current()
     contents = {
-        "weights.safetensors": save_tensors(_cpu(state.masters)),
-        "optimizer.safetensors": save_tensors(_cpu(_optimizer_tensors(state))),
-        "state.json": json.dumps(_facts(state), sort_keys=True, indent=1).encode(),
-        "fold.msgpack": fold,
+        _STATE: json.dumps(_facts(state), sort_keys=True, indent=1).encode(),
+        _FOLD: fold,
     }
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-    contents[_MANIFEST] = json.dumps(digests, indent=1).encode()
+    if comm.world_size > 1:
+        shapes = {name: tuple(master.shape) for name, master in state.masters.items()}
+        contents[shards.INDEX] = shards.Index(comm.world_size, shapes).dump()
     folder.parent.mkdir(parents=True, exist_ok=True)
     _sweep(folder.parent)
     with _aside(folder) as aside:
+        comm.say(Order.SAVE, os.fsencode(aside.absolute()))
+        digests = save_slices(aside, state)
         for name, data in contents.items():
             _write(aside / name, data)
+            digests[name] = hashlib.sha256(data).hexdigest()
+        _write(aside / _MANIFEST, json.dumps(digests, indent=1).encode())
         _sync(aside)
         if folder.exists():
             remove(folder)
@@ -60,28 +76,72 @@ def save(folder: Path, state: TrainState, fold: bytes) -> None:
     _sync(folder.parent)
 
 
+def save_slices(aside: Path, state: TrainState) -> dict[str, str]:
+    """This rank's weights and moments; returns when every rank has written its own. Digests of all
+    ranks' files, by name.
+
+    Raises OSError on rank 0 when any rank could not write.
+    """
+    comm = Comm.current()
+    stems = (shards.WEIGHTS, shards.MOMENTS)
+    failed: OSError | None = None
+    try:
+        mine = [_write_slice(aside, stem, state, comm) for stem in stems]
+    except OSError as error:
+        failed, mine = error, [_NOTHING, _NOTHING]
+    found = comm.collect(mine)
+    if failed is not None and comm.rank == 0:
+        raise failed
+    if failed is not None:
+        log.warning("rank %d cannot write its part of %s: %s", comm.rank, aside, failed)
+    broken = [rank for rank, theirs in enumerate(found) if _NOTHING in theirs]
+    if broken and comm.rank == 0:
+        raise OSError(errno.EIO, f"rank {broken[0]} could not write its part", str(aside))
+    return {
+        shards.name(stem, rank, comm.world_size): digest.hex()
+        for rank, theirs in enumerate(found)
+        for stem, digest in zip(stems, theirs, strict=True)
+    }
+
+
+def _write_slice(aside: Path, stem: str, state: TrainState, comm: Comm) -> bytes:
+    """Its digest. Raises OSError."""
+    held = state.masters if stem == shards.WEIGHTS else _optimizer_tensors(state)
+    data = save_tensors(_cpu(held))
+    _write(aside / shards.name(stem, comm.rank, comm.world_size), data)
+    return hashlib.sha256(data).digest()
+
+
 def load(folder: Path, state: TrainState) -> bytes:
     """Puts a checkpoint into `state` and returns its fold.
 
     Raises JournalError naming a file that is missing, cut or damaged, and DataError when the
-    checkpoint belongs to another model. `state` is untouched then.
+    checkpoint belongs to another model. `state` is untouched then. Of many ranks rank 0 calls it;
+    the others `load_slices` of what it has verified.
     """
-    contents = _verified(folder)
-    weights = _tensors(folder, contents, "weights.safetensors")
-    moments = _tensors(folder, contents, "optimizer.safetensors")
-    wanted = {name: tuple(p.shape) for name, p in state.masters.items()}
-    found = {name: tuple(w.shape) for name, w in weights.items()}
-    if wanted != found:
-        odd = sorted(set(wanted.items()) ^ set(found.items()))[0]
-        raise DataError(f"{folder}: made from another model ({odd[0]} {odd[1]})")
-    facts = json.loads(contents["state.json"])
-    _restore(state, weights, moments, facts)
-    return contents["fold.msgpack"]
+    _verify(folder)
+    _check_model(folder, state)
+    Comm.current().say(Order.LOAD, os.fsencode(folder.absolute()))
+    load_slices(folder, state)
+    return _read(folder / _FOLD)
+
+
+def load_slices(folder: Path, state: TrainState) -> None:
+    """This rank's slices of a checkpoint that any number of ranks wrote."""
+    pieces = _Pieces(folder)
+    weights = {k: pieces.lines(shards.WEIGHTS, k, m) for k, m in state.masters.items()}
+    moments = {"rng": pieces.rng()}
+    for key_name in pieces.names(shards.MOMENTS):
+        name = key_name.partition("/")[2]
+        if name:
+            moments[key_name] = pieces.lines(shards.MOMENTS, key_name, state.masters[name])
+    _restore(state, weights, moments, json.loads(_read(folder / _STATE)))
 
 
 def fold(folder: Path) -> bytes:
     """Only the ledger's fold; raises JournalError like `load`."""
-    return _verified(folder)["fold.msgpack"]
+    _verify(folder)
+    return _read(folder / _FOLD)
 
 
 class Held(NamedTuple):
@@ -93,8 +153,8 @@ class Held(NamedTuple):
 
 
 def hold(state: TrainState) -> Held:
-    weights = {name: master.detach().clone() for name, master in state.masters.items()}
-    moments = {name: t.detach().clone() for name, t in _optimizer_tensors(state).items()}
+    weights = {name: shard.local(m.detach()).clone() for name, m in state.masters.items()}
+    moments = {k: shard.local(t.detach()).clone() for k, t in _optimizer_tensors(state).items()}
     return Held(weights, moments, copy.deepcopy(_facts(state)))
 
 
@@ -138,10 +198,10 @@ def _restore(
     for key_name, value in moments.items():
         key, _, name = key_name.partition("/")
         master = state.masters[name]
-        state.optimizer.state[master][key] = value.to(master.device)
+        state.optimizer.state[master][key] = shard.beside(value.to(master.device), master)
     with torch.no_grad():
         for name, master in state.masters.items():
-            master.copy_(weights[name])
+            shard.local(master).copy_(weights[name])
     state.publish_masters()
     state.t = facts["t"]
     state.methods_state = facts["methods"]
@@ -149,23 +209,91 @@ def _restore(
     state.law = Law(facts["law"])
 
 
-def _verified(folder: Path) -> dict[str, bytes]:
+# ---- reading ------------------------------------------------------------------------------------
+
+
+class _Pieces:
+    """The tensors of a checkpoint, line by line, from whatever files they are in."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.index = shards.Index.load(folder)
+        self._comm = Comm.current()
+
+    def names(self, stem: str) -> list[str]:
+        with self._file(stem, 0) as file:
+            return list(file.keys())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all weights, whole."""
+        if self.index.ranks > 1:
+            return self.index.shapes
+        with self._file(shards.WEIGHTS, 0) as file:
+            names = list(file.keys())
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+
+    def lines(self, stem: str, name: str, master: Tensor) -> Tensor:
+        """This rank's lines of a tensor that is cut like `master`; a number is every rank's."""
+        with self._file(stem, 0) as file:
+            part = file.get_slice(name)
+            if not part.get_shape():
+                return torch.clone(file.get_tensor(name))
+            found = [part[0:0]]
+        comm, ranks, length = self._comm, self.index.ranks, master.shape[0]
+        first, last = shards.lines(length, comm.rank, comm.world_size)
+        for rank in range(ranks):
+            lo, hi = shards.lines(length, rank, ranks)
+            begin, end = max(first, lo), min(last, hi)
+            if begin < end:
+                with self._file(stem, rank) as file:
+                    found.append(file.get_slice(name)[begin - lo : end - lo])
+        return torch.cat(found)
+
+    def rng(self) -> Tensor:
+        """torch's random state: this rank's own where as many ranks wrote, else rank 0's."""
+        same = self.index.ranks == self._comm.world_size
+        with self._file(shards.MOMENTS, self._comm.rank if same else 0) as file:
+            state: Tensor = file.get_tensor("rng")
+            return state.clone()
+
+    def _file(self, stem: str, rank: int) -> Any:
+        path = self._folder / shards.name(stem, rank, self.index.ranks)
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise JournalError(f"{path}: {error}") from None
+
+
+def _check_model(folder: Path, state: TrainState) -> None:
+    wanted = {name: tuple(p.shape) for name, p in state.masters.items()}
+    found = _Pieces(folder).shapes()
+    if wanted != found:
+        odd = sorted(set(wanted.items()) ^ set(found.items()))[0]
+        raise DataError(f"{folder}: made from another model ({odd[0]} {odd[1]})")
+
+
+def _verify(folder: Path) -> None:
+    """Raises JournalError unless every file is there and as the manifest says."""
+    damaged = "is damaged; use an older checkpoint"
     try:
         digests = json.loads(_read(folder / _MANIFEST))
     except ValueError:
-        raise JournalError(f"{folder / _MANIFEST} is damaged; use an older checkpoint") from None
-    contents = {name: _read(folder / name) for name in _FILES}
-    for name, data in contents.items():
-        if hashlib.sha256(data).hexdigest() != digests.get(name):
-            raise JournalError(f"{folder / name} is cut or damaged; use an older checkpoint")
-    return contents
-
-
-def _tensors(folder: Path, contents: dict[str, bytes], name: str) -> dict[str, Tensor]:
+        raise JournalError(f"{folder / _MANIFEST} {damaged}") from None
     try:
-        return load_tensors(contents[name])
-    except SafetensorError as error:
-        raise JournalError(f"{folder / name}: {error}") from None
+        names = shards.Index.load(folder).names()
+    except ValueError:
+        raise JournalError(f"{folder / shards.INDEX} {damaged}") from None
+    for name in (*names, _STATE, _FOLD):
+        if _digest(folder / name) != digests.get(name):
+            raise JournalError(f"{folder / name} is cut or damaged; use an older checkpoint")
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise JournalError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _read(path: Path) -> bytes:
@@ -176,7 +304,7 @@ def _read(path: Path) -> bytes:
 
 
 def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
+    return {name: shard.local(t.detach()).to("cpu").contiguous() for name, t in tensors.items()}
 
 
 def _sweep(parent: Path) -> None:

@@ -5,6 +5,7 @@ be good.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,10 +40,13 @@ def learner(recipe: str, run_folder: Path, resume: bool, overrides: tuple[str, .
     from common.runfolder import RunFolder
 
     run, config = _sections(recipe, overrides)
-    log.setup("learner")
+    rank, restarted = _torchrun()
+    log.setup(f"learner-{rank}" if rank else "learner")
+    if rank:
+        return _follow(run, config)
     exists = (run_folder / "run.json").exists()
     folder = RunFolder.open(run_folder) if exists else RunFolder.create(run_folder)
-    if any(folder.journal.iterdir()) and not resume:
+    if any(folder.journal.iterdir()) and not (resume or restarted):
         raise JournalError(
             f"{run_folder} already holds a journal; go on with --resume, or choose another folder"
         )
@@ -51,9 +55,27 @@ def learner(recipe: str, run_folder: Path, resume: bool, overrides: tuple[str, .
 
         folder.recipe.write_text(freeze(recipe, overrides))
     from learner.loop import check_same_run, learn
+    from learner.ranks import session
 
     check_same_run(folder, run)
-    click.echo(learn(run, config, folder))
+    with session(config) as comm:
+        ended = learn(run, config, folder, comm)
+    click.echo(ended)
+
+
+def _torchrun() -> tuple[int, bool]:
+    """This process' rank, and whether torchrun started the ranks again (`--max-restarts`)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, False
+    return int(os.environ["RANK"]), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def _follow(run: RunConfig, config: LearnerConfig) -> None:
+    """One of torchrun's other processes."""
+    from learner.ranks import follow, session
+
+    with session(config) as comm:
+        follow(run, config, comm)
 
 
 @click.command()

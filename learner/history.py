@@ -91,7 +91,9 @@ def this_machine() -> tuple[str, int, int]:
     """What bit equality depends on: torch build, threads, world size."""
     import torch
 
-    return str(torch.__version__), torch.get_num_threads(), 1
+    from learner.comm import Comm
+
+    return str(torch.__version__), torch.get_num_threads(), Comm.current().world_size
 
 
 def _from_checkpoint(

@@ -7,6 +7,8 @@
                ▼                                                          │
           train_step() ──▶ snapshot ──▶ step record ──▶ checkpoint ──▶ publish ──▶ version v + 1
 
+Of many ranks (learner/ranks.py) this is rank 0's day; the others do what it says.
+
 What it waits for, and who ends the wait: `take` for enough usable groups (actors; a stop signal);
 `_evaluate` for the answers to eval tickets (actors; a stop signal); `publish` for Redis (its
 deadline). With no actor it waits for one.
@@ -26,7 +28,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from common import channel, keys
+from common import channel, keys, models
 from common.config import LOCAL, RunConfig
 from common.errors import ConfigError
 from common.failpoints import Failpoint
@@ -35,14 +37,16 @@ from common.recipe import digest as run_digest
 from common.records import ConfigChange, Finish, Open, Step
 from common.runfolder import RunFolder
 from common.versions import Registry, digest
-from learner import checkpoint, model
+from learner import checkpoint, interventions, model
 from learner.blobs import open_blobs
+from learner.comm import Comm
 from learner.config import LearnerConfig
 from learner.desk import Desk
 from learner.history import Past, catch_up, checkpoints, this_machine
 from learner.inbox import Selection
 from learner.issuer import NOTHING
 from learner.ledger import Ledger
+from learner.prompts.episodes import Episodes
 from learner.prompts.source import open_source
 from learner.prompts.stream import Prompts
 from learner.publish import Publisher, patiently
@@ -65,23 +69,25 @@ class Learner:
     publisher: Publisher
     report: Report
     fail: Failpoint
+    comm: Comm
     stop: threading.Event = field(default_factory=threading.Event)
 
     def idle(self) -> bool:
-        """Twice a second while waiting: mend Redis if it lost its memory, show that we live; True:
-        stop.
+        """Twice a second while waiting: mend Redis if it lost its memory, ask whether all ranks are
+        there, show that we live; True: stop.
         """
+        self.comm.beat()
         self.publisher.ensure()
         self.report.live(self.desk, self.state.t)
         return self.stop.is_set()
 
 
-def learn(run: RunConfig, config: LearnerConfig, folder: RunFolder) -> str:
+def learn(run: RunConfig, config: LearnerConfig, folder: RunFolder, comm: Comm) -> str:
     """Train until the steps are done, the task is solved, nothing can be learned any more, or a
-    signal says stop; returns which.
+    signal says stop; returns which. Of many ranks rank 0 learns, the others follow.
     """
     with ExitStack() as stack:
-        it = _wire(run, config, folder, stack)
+        it = _wire(run, config, folder, comm, stack)
         it.desk.want(it.state.ask or NOTHING)
         _publish(it)
         _evaluate(it, "before", it.config.eval.first and it.state.t == 0)
@@ -173,8 +179,20 @@ def _end(it: Learner, ending: str) -> str:
         it.desk.record(Finish(t=it.state.t, reason=ending))
     _checkpoint(it)
     model.export(it.state.model, it.run, it.folder.path / "model")
+    if it.config.intervene is not None:
+        _write_interventions(it)
     it.report.finish(ending or "stopped", it.desk, it.state.t)
     return ending or "stopped"
+
+
+def _write_interventions(it: Learner) -> None:
+    try:
+        path, lines = interventions.write(it.folder, models.find(it.run.model))
+    except OSError as error:
+        say = "interventions.jsonl is not written (%s): `isentrope interventions %s` does it"
+        log.warning(say, error.strerror, it.folder.path)
+    else:
+        log.info("%s: %d conversations", path, lines)
 
 
 def _checkpoint(it: Learner) -> None:
@@ -197,7 +215,9 @@ def _checkpoint(it: Learner) -> None:
 # ---- wiring --------------------------------------------------------------------------------------
 
 
-def _wire(run: RunConfig, config: LearnerConfig, folder: RunFolder, stack: ExitStack) -> Learner:
+def _wire(
+    run: RunConfig, config: LearnerConfig, folder: RunFolder, comm: Comm, stack: ExitStack
+) -> Learner:
     incarnation = folder.claim()
     stack.callback(folder.release)
     source = open_source(config.prompts, run.seed)
@@ -244,6 +264,7 @@ def _wire(run: RunConfig, config: LearnerConfig, folder: RunFolder, stack: ExitS
         model.stop_ids(network, tokenizer),
         run.seed,
         room,
+        Episodes(config.feedback, config.intervene, config.prompts, tokenizer),
     )
     desk = Desk(
         socket,
@@ -261,7 +282,7 @@ def _wire(run: RunConfig, config: LearnerConfig, folder: RunFolder, stack: ExitS
     stack.callback(desk.close)
     report = Report(folder, registry, config, past.ledger, past.state.t)
     stack.callback(report.close)
-    it = Learner(run, config, folder, past.state, desk, prompts, publisher, report, fail)
+    it = Learner(run, config, folder, past.state, desk, prompts, publisher, report, fail, comm)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: it.stop.set())
     log.info(

@@ -8,20 +8,23 @@ the model.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from common import models
 from common.config import RunConfig
 from common.errors import DataError
 from common.versions import Tensor as Blob
-from learner import attention, head
+from learner import attention, head, shard
 from learner.batch import Micro
+from learner.comm import Comm, Order
 from learner.config import LearnerConfig
 from learner.quick import quicken
 
@@ -41,6 +44,8 @@ class Policy(nn.Module):
         self.net = net.eval()
         self.net.set_attn_implementation(attention.NAME)
         quicken(self.net.base_model)  # the head's products are learner.head's
+        if config.ranks is not None and config.ranks.recompute:
+            shard.recompute(self.net)
         self._chunk, self._amp = config.head_chunk, config.dtype == "bf16"
 
     @property
@@ -111,7 +116,9 @@ def load(run: RunConfig, config: LearnerConfig) -> tuple[Policy, PreTrainedToken
             raise DataError(f"{folder}: models with {trick!r} are not supported")
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(f"{folder}: no fast tokenizer (tokenizer.json); convert it once")
-    return Policy(net, config).to(device(config)), tokenizer
+    policy = Policy(net, config)
+    # of many ranks none has room for all of it on its device: `state_of` takes the slices there
+    return (policy if Comm.current().world_size > 1 else policy.to(device(config))), tokenizer
 
 
 def device(config: LearnerConfig) -> torch.device:
@@ -140,14 +147,36 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def snapshot(model: nn.Module, dtype: Literal["fp32", "bf16"]) -> tuple[Blob, ...]:
-    """The trainable tensors as bytes, sorted by name; a copy that later steps do not touch."""
+    """The trainable tensors as bytes, sorted by name; a copy that later steps do not touch.
+
+    Of many ranks rank 0 calls it and gets it; the others `show`.
+    """
+    Comm.current().say(Order.SNAPSHOT, dtype.encode())
+    code = "F32" if dtype == "fp32" else "BF16"
     blobs = []
-    for name, parameter in trainable(model).items():
-        copy = parameter.detach().to("cpu", _DTYPES[dtype], copy=True).contiguous()
+    for name, copy in _gathered(trainable(model), _DTYPES[dtype]):
         data = copy.reshape(-1).view(torch.uint8).numpy().data.toreadonly()
-        code = "F32" if dtype == "fp32" else "BF16"
         blobs.append(Blob(name, code, tuple(copy.shape), data))
     return tuple(blobs)
+
+
+def show(model: Policy, dtype: str) -> None:
+    """Any other rank's part of a snapshot, or with "whole" of an export: it never holds more than
+    one whole tensor.
+    """
+    shown = dict(model.net.named_parameters()) if dtype == "whole" else trainable(model)
+    for _ in _gathered(shown, _DTYPES.get(dtype, torch.float32)):
+        pass
+
+
+def _gathered(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Copies on the CPU, one after the other; slices travel in `dtype`."""
+    for name, parameter in parameters.items():
+        tensor = parameter.detach()
+        if isinstance(tensor, DTensor):
+            yield name, shard.whole(tensor.to(dtype)).to("cpu").contiguous()
+        else:
+            yield name, tensor.to("cpu", dtype, copy=True).contiguous()
 
 
 def export(model: Policy, run: RunConfig, folder: Path) -> None:
@@ -157,10 +186,22 @@ def export(model: Policy, run: RunConfig, folder: Path) -> None:
     source = models.find(run.model)
     aside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(aside, ignore_errors=True)
-    model.net.save_pretrained(aside)
+    model.net.save_pretrained(aside, state_dict=_whole_state(model.net))
     for file in sorted(source.iterdir()):
         wanted = file.suffix in (".json", ".jinja", ".txt", ".model")
         if wanted and ".index." not in file.name and not (aside / file.name).exists():
             shutil.copyfile(file, aside / file.name)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
+
+
+def _whole_state(net: nn.Module) -> dict[str, Tensor] | None:
+    """What `save_pretrained` cannot gather itself; None: nothing is sharded."""
+    comm = Comm.current()
+    if comm.world_size == 1:
+        return None
+    comm.say(Order.SNAPSHOT, b"whole")
+    state = {
+        name: buffer for name, buffer in net.state_dict().items() if not buffer.is_floating_point()
+    }
+    return state | dict(_gathered(dict(net.named_parameters()), torch.float32))

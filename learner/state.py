@@ -11,6 +11,8 @@ from torch import Tensor
 
 from common.config import RunConfig
 from learner import model as models
+from learner import shard
+from learner.comm import Comm, Order
 from learner.config import LearnerConfig
 from learner.measure import Law
 from learner.methods.base import Ask
@@ -53,7 +55,15 @@ class TrainState:
 
 
 def make_state(run: RunConfig, config: LearnerConfig) -> TrainState:
-    """Version 0 of the run's model; sets torch's threads. Raises DataError (the model)."""
+    """Version 0 of the run's model; sets torch's threads. Raises DataError (the model).
+
+    Of many ranks rank 0 calls it and tells the others, which `make_alike`.
+    """
+    Comm.current().say(Order.MAKE)
+    return make_alike(run, config)
+
+
+def make_alike(run: RunConfig, config: LearnerConfig) -> TrainState:
     if config.threads:
         torch.set_num_threads(config.threads)
     policy, _ = models.load(run, config)
@@ -61,7 +71,11 @@ def make_state(run: RunConfig, config: LearnerConfig) -> TrainState:
 
 
 def state_of(policy: models.Policy, run: RunConfig, config: LearnerConfig) -> TrainState:
-    """Version 0 of a policy at hand. Raises ConfigError for methods that it cannot serve."""
+    """Version 0 of a policy at hand. Raises ConfigError for methods that it cannot serve.
+
+    Of many ranks each calls it, on the same weights, and keeps its slices of the policy.
+    """
+    shard.shard(policy, policy.net, models.device(config), config.dtype == "bf16")
     masters: dict[str, Tensor] = dict(models.trainable(policy))
     if run.weights_dtype == "bf16":
         masters = {name: p.detach().clone() for name, p in masters.items()}

@@ -19,29 +19,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import DataError
-from learner.advantage import advantages
+from learner import shard
 from learner.agreement import agreement
-from learner.batch import Batch, Micro, flatten, pack, split
+from learner.batch import Micro
 from learner.comm import Comm
 from learner.config import LearnerConfig
 from learner.head import Objective
 from learner.item import Item
-from learner.loss import Rows, rows, rows_wanted, scale
+from learner.loss import Rows, rows, rows_wanted
 from learner.measure import Metrics, add, by_lag, entropy_change, entropy_forecast, rollouts_by_lag
 from learner.methods.base import Ask
 from learner.methods.compose import Factors, Methods
 from learner.methods.effect import scaled
-from learner.slopes import Shares, coefficients, credit, weighted, with_surrogate
+from learner.origin import of_step
+from learner.overlong import facts as overlong_facts
+from learner.slopes import coefficients, credit, weighted, with_surrogate
 from learner.state import TrainState, constants, make_state
-from learner.table import Static, Table
+from learner.table import Table
+from learner.work import Work, prepare, receive
 
 __all__ = ["StepReport", "TrainState", "make_state", "train_step"]
 
@@ -55,23 +57,6 @@ class StepReport:
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What all updates of a step share. Columns are [T], on the training device."""
-
-    config: LearnerConfig
-    comm: Comm
-    methods: Methods
-    batch: Batch
-    static: Static  # advantages filled in
-    plain: Tensor  # advantages before the methods' group factors
-    of_groups: Mapping[str, Tensor]  # these factors, by method
-    scaled: Metrics  # … and what they did
-    shares: Shares
-    lr: float
-    micros: tuple[Micro, ...]  # of this rank
-
-
-@dataclass(frozen=True)
 class _Pass:
     """What one update saw: the table at its start, gathered, and what it did."""
 
@@ -81,34 +66,40 @@ class _Pass:
     bonus: float
     effects: Metrics  # of the methods, methods/NAME/…
     credit: Metrics  # what each adds to the prediction
+    norm: float = 0.0  # of the gradient, before clipping
 
 
 def train_step(
     state: TrainState, items: Sequence[Item], config: LearnerConfig, comm: Comm | None = None
 ) -> StepReport:
-    """Train on one batch and make version t + 1. Every rank calls it with the same arguments.
+    """Train on one batch and make version t + 1. Rank 0 calls it; the others `follow_step`.
 
     Raises DataError when a gradient is not finite or a method answers nonsense; the parameters are
     then those of the last update that worked.
     """
     began = time.perf_counter()
-    work = _prepare(state, items, config, comm or Comm.current())
+    work, batch, of_groups = prepare(state, items, config, comm or Comm.current())
     passes: list[_Pass] = []
     forecast: Metrics = {}
-    for update in range(config.updates_per_batch):
-        done = _gradients(state, work, update, passes[0].table if passes else None)
-        norm = _apply(state, work.comm, config, work.lr)
+    for done in _updates(state, work):
         forecast = add(forecast, entropy_forecast(done.table, done.c, work.lr) | done.credit)
         passes.append(done)
     first, last = passes[0], passes[-1]
-    metrics: Metrics = {"lr": work.lr, "grad_norm": norm, "loss": last.loss}
+    metrics: Metrics = {"lr": work.lr, "grad_norm": last.norm, "loss": last.loss}
     metrics |= {"tokens": float((work.shares.main > 0).sum()), "entropy_bonus": last.bonus}
-    metrics |= work.scaled | last.effects
+    metrics |= {k: v for name, f in of_groups.items() for k, v in scaled(name, f).items()}
+    groups = [item.group for item in batch.items[: batch.main_groups]]
+    metrics |= work.methods.group_numbers(groups) | last.effects
+    if config.overlong is not None:
+        metrics["overlong"] = overlong_facts(
+            [i.group for i in batch.items], config.overlong, config.max_tokens
+        )
     # ratios of the last update, which moved furthest; the entropy before the first
-    metrics |= rollouts_by_lag(work.batch) | by_lag(last.table, config) | forecast
-    metrics |= agreement(first.table, work.batch, state.t, config)
+    metrics |= rollouts_by_lag(batch) | by_lag(last.table, config) | forecast
+    metrics |= agreement(first.table, batch, state.t, config)
+    metrics |= of_step(batch, first.table, config)
     metrics["entropy"] = _mean_entropy(first.table)
-    if config.realised_every and state.t % config.realised_every == 0:
+    if _is_measured(config, state.t):
         metrics |= _realised(state, work, first.table, forecast)
     metrics |= state.law.metrics()
     ask = _tell_methods(state, config, work.methods, metrics)
@@ -117,63 +108,32 @@ def train_step(
     return StepReport(metrics, ask)
 
 
-def _prepare(state: TrainState, items: Sequence[Item], config: LearnerConfig, comm: Comm) -> _Work:
-    assert items, "a step needs a batch"
-    methods = Methods(config.methods)
-    batch = flatten(items, state.t)
-    where, row = state.model.device, batch.static.row
-    of_groups = methods.scale_groups([item.group for item in batch.items[: batch.main_groups]])
-    by_row = {name: _by_row(factor, batch) for name, factor in of_groups.items()}
-    plain = _advantages(batch, config)
-    advantage = plain * math.prod(by_row.values(), start=np.ones(batch.rows))
-    static = replace(
-        batch.static,
-        advantage=torch.from_numpy(advantage).float()[row],
-        # what is not trained on may have come with anything
-        lb=batch.static.lb.masked_fill(~batch.static.mask, 0.0),
-    )
-    main, aux = static.mask & ~static.aux, static.mask & static.aux
-    share = scale(main, static.row, config.aggregation, config.max_tokens)
-    aux_share = scale(aux, static.row, "seq_mean", config.max_tokens)
-    mine = split(batch.lengths, config.tokens_per_micro, comm.world_size, batch.row_group)
-    return _Work(
-        config=config,
-        comm=comm,
-        methods=methods,
-        batch=batch,
-        static=static.to(where),
-        plain=torch.from_numpy(plain).float()[row].to(where),
-        of_groups={k: torch.from_numpy(f).float()[row].to(where) for k, f in by_row.items()},
-        scaled={k: v for name, f in of_groups.items() for k, v in scaled(name, f).items()},
-        shares=Shares(share.to(where), (share + aux_share).to(where)),
-        lr=config.lr * min(1.0, (state.t + 1) / max(1, config.warmup_steps)),
-        micros=tuple(pack(batch, rows, where) for rows in mine[comm.rank] if rows.size),
-    )
+def follow_step(state: TrainState, facts: bytes, comm: Comm) -> None:
+    """The step that rank 0 takes, on this rank's micro-batches. `facts`: with its order."""
+    work = receive(state, facts, comm)
+    for _ in _updates(state, work):
+        pass
+    if _is_measured(work.config, state.t):
+        _columns(state, work)
+    state.t += 1
 
 
-def _advantages(batch: Batch, config: LearnerConfig) -> np.ndarray:
-    """float64 [R]. Aux rows have no group to compare with: theirs is the reward itself."""
-    main = batch.row_group < batch.main_groups
-    value = batch.reward.copy()
-    score = batch.correct if config.advantage == "psr_nsr" else batch.reward
-    value[main] = advantages(
-        score[main], batch.row_group[main], config.advantage, config.psr_weight
-    )
-    return value
+def _updates(state: TrainState, work: Work) -> Iterator[_Pass]:
+    first: Table | None = None
+    for update in range(work.config.updates_per_batch):
+        done = _gradients(state, work, update, first)
+        first = first or done.table
+        yield replace(done, norm=_apply(state, work.config, work.lr))
 
 
-def _by_row(factor: np.ndarray, batch: Batch) -> np.ndarray:
-    """float64 [R] of factors [main groups]; 1 for aux rows."""
-    padded: np.ndarray = np.ones(len(batch.items))
-    padded[: batch.main_groups] = factor
-    by_row: np.ndarray = padded[batch.row_group]
-    return by_row
+def _is_measured(config: LearnerConfig, t: int) -> bool:
+    return bool(config.realised_every) and t % config.realised_every == 0
 
 
 # ---- one update --------------------------------------------------------------------------------
 
 
-def _gradients(state: TrainState, work: _Work, update: int, first: Table | None) -> _Pass:
+def _gradients(state: TrainState, work: Work, update: int, first: Table | None) -> _Pass:
     """Leave the gradient of this rank's share of the loss in the parameters. `first`: the table of
     the step's first update; None: this is it, and lp is l.
     """
@@ -196,9 +156,10 @@ def _gradients(state: TrainState, work: _Work, update: int, first: Table | None)
     )
     state.forget_gradients()
     seen = work.plain.new_zeros((5, work.plain.numel()))  # l, H, N, c, loss
-    for micro in work.micros:
+    for number, micro in enumerate(work.micros, 1):
         made = seen.new_zeros((2, micro.tokens.numel()))  # c, loss
         objective = _objective(work, micro, lp, of_row, factors, when, made)
+        shard.accumulate(state.model, last=number == len(work.micros))
         scalar, columns = state.model(micro, objective)
         scalar.backward()
         seen[:, micro.tokens] = torch.cat([torch.stack(columns), made])
@@ -221,7 +182,7 @@ def _with_start(table: Table, first: Table | None) -> Table:
 
 
 def _objective(
-    work: _Work,
+    work: Work,
     micro: Micro,
     lp: Tensor | None,
     of_row: Rows,
@@ -272,28 +233,29 @@ def _bonus(share: Tensor, factors: Factors, here: Tensor) -> Tensor:
     return share * factors.bonus * factors.where[here]
 
 
-def _coefficients(work: _Work, table: Table | None, weight: Tensor | None, of_row: Rows) -> Tensor:
+def _coefficients(work: Work, table: Table | None, weight: Tensor | None, of_row: Rows) -> Tensor:
     """c_i = dLoss/dl_i [T] of the whole table under `weight`."""
     assert table is not None, "coefficients are asked for by methods with a table"
     return coefficients(table, work.shares.main, work.config, weight, of_row)
 
 
 @torch.no_grad()
-def _columns(state: TrainState, work: _Work) -> tuple[Tensor, Tensor, Tensor]:
+def _columns(state: TrainState, work: Work) -> tuple[Tensor, Tensor, Tensor]:
     """l, H, N of all tokens [T] at the current parameters, gathered."""
     seen = work.plain.new_zeros((3, work.plain.numel()))
     for micro in work.micros:
         _, columns = state.model(micro)
         seen[:, micro.tokens] = torch.stack(columns)
+        shard.rest(state.model)
     logp, H, N = work.comm.gather(seen)
     return logp, H, N
 
 
-def _apply(state: TrainState, comm: Comm, config: LearnerConfig, lr: float) -> float:
+def _apply(state: TrainState, config: LearnerConfig, lr: float) -> float:
     """One move of the optimiser; returns the gradient's norm before clipping."""
-    comm.sum_gradients(state.model.parameters())
     state.fetch_gradients()
-    norm = float(torch.nn.utils.clip_grad_norm_(state.masters.values(), config.grad_clip))
+    clipped = torch.nn.utils.clip_grad_norm_(state.masters.values(), config.grad_clip)
+    norm = float(shard.whole(clipped))
     if not math.isfinite(norm):
         raise DataError(
             f"step {state.t}: the gradient's norm is {norm}; lower learner.lr or look for broken "
@@ -310,7 +272,7 @@ def _apply(state: TrainState, comm: Comm, config: LearnerConfig, lr: float) -> f
 # ---- afterwards --------------------------------------------------------------------------------
 
 
-def _realised(state: TrainState, work: _Work, before: Table, forecast: Metrics) -> Metrics:
+def _realised(state: TrainState, work: Work, before: Table, forecast: Metrics) -> Metrics:
     """The entropy change on the same tokens, by one more pass at the new parameters."""
     began = time.perf_counter()
     _, H, _ = _columns(state, work)

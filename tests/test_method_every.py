@@ -38,9 +38,7 @@ def named(settings: tuple[Setting, ...]) -> Any:
     return pytest.mark.parametrize("setting", settings, ids=lambda s: s.name.replace(" ", "-"))
 
 
-def train(
-    setting: Setting, steps: int = 1, items: Any = a_mixed_batch, **fields: Any
-) -> tuple[TrainState, StepReport]:
+def begin(setting: Setting, **fields: Any) -> tuple[TrainState, LearnerConfig]:
     """Two updates a step, so that ratios move; the realised change is measured."""
     base: dict[str, Any] = {"loss": "decoupled_ppo", "updates_per_batch": 2, "warmup_steps": 0}
     base |= {"lr": 1e-3, "threads": 1, "tokens_per_micro": 60, "realised_every": 1, "max_lag": 2}
@@ -48,6 +46,13 @@ def train(
     settings.check()
     state = state_of(Policy(tiny_model(), settings), RunConfig(), settings)
     state.t = 1
+    return state, settings
+
+
+def train(
+    setting: Setting, steps: int = 1, items: Any = a_mixed_batch, **fields: Any
+) -> tuple[TrainState, StepReport]:
+    state, settings = begin(setting, **fields)
     for seed in range(steps):
         report = train_step(state, items(seed), settings)
     return state, report

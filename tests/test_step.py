@@ -1,10 +1,8 @@
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import distributed, multiprocessing
 
 from common import metrics
 from common.config import RunConfig
@@ -308,41 +306,6 @@ def test_the_forecast_is_right_to_first_order_for_logits_that_are_their_own() ->
         z -= eta * slope
         change = float((look().H - before.H).sum())
     assert forecast["entropy_predicted"] == pytest.approx(change, rel=1e-3)
-
-
-# ---- ranks -------------------------------------------------------------------------------------
-
-
-def _train(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    if world > 1:
-        distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
-        )
-    try:
-        settings = config(updates_per_batch=2, tokens_per_micro=60, grad_clip=1e9)
-        state = a_state(settings)
-        state.optimizer = torch.optim.SGD(state.masters.values(), lr=1.0)
-        report = train_step(
-            state, a_batch(), config(updates_per_batch=2, tokens_per_micro=60, lr=0.1)
-        )
-        scalars = {k: v for k, v in report.metrics.items() if isinstance(v, float)}
-        torch.save((flat(state), scalars), Path(folder) / f"{world}-{rank}.pt")
-    finally:
-        if world > 1:
-            distributed.destroy_process_group()
-
-
-def test_two_ranks_train_what_one_rank_trains(tmp_path: Path) -> None:
-    multiprocessing.spawn(_train, (2, str(tmp_path)), nprocs=2)
-    _train(0, 1, str(tmp_path))
-    one, a, b = (
-        torch.load(tmp_path / name, weights_only=True) for name in ("1-0.pt", "2-0.pt", "2-1.pt")
-    )
-    assert torch.equal(a[0], b[0])
-    assert torch.allclose(a[0], one[0], atol=1e-5)
-    for name in ("loss", "entropy", "grad_norm", "entropy_predicted", "tokens", "ess_share"):
-        assert a[1][name] == pytest.approx(one[1][name], rel=1e-3, abs=1e-7), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,0 +1,113 @@
+"""A learner of many processes: `torchrun --nproc-per-node N -m learner RECIPE --run-folder RUN`.
+
+    rank 0      everything that a learner of one process does, and an order before each thing that
+                all must do together
+    ranks 1 …   hear() ──▶ make the model, load a checkpoint, take a step, show slices, write them
+                   ▲───────────────────────┘                                       … until "stop"
+
+Whoever waits, waits for another rank: for `timeout_s` at most, and not at all when its process is
+gone, since its connections are. While rank 0 waits for groups it asks twice a second whether all
+are there. So when one rank is lost the others end with one line that says so, and the run goes on
+with --resume, on as many ranks as there are then. The run folder must be one that all ranks see.
+
+On CPUs gloo carries everything. On GPUs NCCL carries what is sharded, and gloo the orders.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from common.config import RunConfig
+from common.errors import RankError
+from learner import checkpoint, model
+from learner.comm import Comm, Order
+from learner.config import LearnerConfig, RanksConfig
+from learner.state import TrainState, make_alike
+from learner.step import follow_step
+
+log = logging.getLogger("isentrope.ranks")
+
+# What errors of a connection say; torch has no class for those of gloo.
+_LOST = ("gloo", "nccl", "connection", "timed out", "timeout", "tcpstore")
+
+
+@contextmanager
+def session(config: LearnerConfig) -> Iterator[Comm]:
+    """The ranks that torchrun started, for as long as the learner lives; else one rank.
+
+    Raises RankError when one of them is lost.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Comm()
+        return
+    try:
+        _join(config)
+        comm = Comm.current()
+        yield comm
+        comm.say(Order.STOP)
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        if not any(mark in said.lower() for mark in _LOST):
+            raise
+        raise RankError(
+            f"another rank of the learner is lost, so this one ends ({said}); "
+            "go on with --resume, on any number of ranks"
+        ) from None
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def _join(config: LearnerConfig) -> None:
+    backend = "gloo"
+    if model.device(config).type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl"
+    timeout_s = (config.ranks or RanksConfig()).timeout_s
+    distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+
+def follow(run: RunConfig, config: LearnerConfig, comm: Comm) -> None:
+    """Ranks 1 …: signals are for rank 0, which says stop when it has drained."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    log.info("rank %d of %d", comm.rank, comm.world_size)
+    obey(comm, lambda: make_alike(run, config))
+
+
+def obey(comm: Comm, make: Callable[[], TrainState], state: TrainState | None = None) -> None:
+    """Do what rank 0 orders until it says stop."""
+    while True:
+        order, facts = comm.hear()
+        if order is Order.STOP:
+            return
+        if order is Order.BEAT:
+            comm.meet()
+        elif order is Order.MAKE:
+            state = make()
+        else:
+            assert state is not None, "rank 0 has the model made first"
+            _do(order, facts, state, comm)
+
+
+def _do(order: Order, facts: bytes, state: TrainState, comm: Comm) -> None:
+    match order:
+        case Order.STEP:
+            follow_step(state, facts, comm)
+        case Order.SNAPSHOT:
+            model.show(state.model, facts.decode())
+        case Order.LOAD:
+            checkpoint.load_slices(Path(os.fsdecode(facts)), state)
+        case Order.SAVE:
+            checkpoint.save_slices(Path(os.fsdecode(facts)), state)
+        case _:
+            raise AssertionError(f"rank 0 has no order {order!r}")
