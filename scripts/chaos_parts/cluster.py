@@ -118,6 +118,12 @@ class Cluster:
         member.expected = member.expected or "asked to leave"
         return member.signal(signal.SIGTERM)
 
+    def expect_the_end(self) -> None:
+        """From now on every member may end, and none is started again."""
+        self.restarting = False
+        for member in self.members.values():
+            member.expected = member.expected or "the end"
+
     def kill_part(self, name: str, choice: int) -> bool:
         parts = self.members[name].parts()
         if not parts:

@@ -95,9 +95,7 @@ class Conductor:
     def _end(self) -> None:
         """Polite: the actors are sent away by the learner, which is the last to go."""
         cluster = self.stage.cluster
-        cluster.restarting = False
-        for member in cluster.members.values():
-            member.expected = member.expected or "the end"
+        cluster.expect_the_end()
         learner = cluster["learner"]
         process = learner.process
         cluster.leave("learner")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import secrets
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 
 from chaos_parts import hosts
 from chaos_parts.cluster import Cluster, Member
@@ -63,9 +65,17 @@ class Stage:
     """Everything that has to be taken down again; `close` does, whatever happened."""
 
     def __init__(
-        self, work: Path, name: str, actors: int, *, loopback: bool, minutes: float
+        self,
+        work: Path,
+        name: str,
+        actors: int,
+        *,
+        loopback: bool,
+        minutes: float,
+        settings: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self.work, self.left_out = work, list[str]()
+        """`settings`: of all actors, as `scripted.tokens_per_s`."""
+        self.work, self.left_out, self._settings = work, list[str](), settings
         self.actors = [f"actor-{i}" for i in range(actors)]
         self._stack = ExitStack()
         places = ["learner", "redis", "vandal", *self.actors]
@@ -112,10 +122,8 @@ class Stage:
         redis = f"{self.ground.address('redis')}:{self._redis_port}"
         self.redis_url = f"redis://{redis}/0?password_file={self.work / 'password'}"
         self.endpoint = f"tcp://{self.ground.address('learner')}:{self.ground.port(5555)}"
-        self.keys: dict[str, str] = {"learner": "", "actor": ""}
-        if self.ground.cuttable:  # hosts of their own: only with keys
-            keys.make(self.work / "keys")
-            self.keys = {who: str(self.work / "keys" / f"{who}.json") for who in self.keys}
+        keys.make(self.work / "keys")
+        self.keys = {who: str(self.work / "keys" / f"{who}.json") for who in ("learner", "actor")}
 
     def populate(self) -> None:
         """Half of the actors are scripted and remember what was acknowledged, half have a model;
@@ -165,7 +173,10 @@ class Stage:
 
     def _ends(self, side: str) -> list[str]:
         values = {"learner": self.endpoint, "redis": self.redis_url, "keys": self.keys[side]}
-        return [part for k, v in values.items() for part in ("-s", f'run.{k}="{v}"')]
+        words = [f'run.{key}="{value}"' for key, value in values.items()]
+        if side == "actor":
+            words += [f"actor.{key}={value}" for key, value in self._settings.items()]
+        return [part for word in words for part in ("-s", word)]
 
     def _tolerated(self, member: Member, words: str) -> bool:
         """A learner that is started on a full disk has nowhere to say that it lives."""
