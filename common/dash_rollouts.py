@@ -18,7 +18,8 @@ from common.records import Admit, Issue
 from common.segments import HEAD, MAGIC, Extent, decode, extents, payloads, record_codec
 from common.wire import FromActor, Group, Rollout, Ticket
 
-GROUPS = 8
+HELDOUT = 2  # groups of evaluations that are kept …
+OTHERS = 6  # … and of all other kinds
 MOST_CHARACTERS = 4000  # of one text
 
 Decode = Callable[[Iterable[int]], str]
@@ -30,17 +31,17 @@ class Admitted(NamedTuple):
 
 
 class Latest:
-    """The newest `GROUPS` groups of the run in `folder`."""
+    """The newest groups of the run in `folder`: those to train on, and some held-out ones."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.changes = 0
         self._decode: Decode | None = None
         self._wrong = ""  # with the journal
         self._seen: tuple[str, int] = ("", 0)  # segment and its size at the last look
         self._at: tuple[str, int] = ("", 0)  # where the next record starts
         self._open: dict[int, Ticket] = {}
-        self._groups: deque[Admitted] = deque(maxlen=GROUPS)
+        self._heldout: deque[Admitted] = deque(maxlen=HELDOUT)
+        self._others: deque[Admitted] = deque(maxlen=OTHERS)
 
     def refresh(self) -> None:
         """Read on; a damaged journal is said in `words`, never raised."""
@@ -71,8 +72,9 @@ class Latest:
                 case Issue(ticket=ticket):
                     self._open[ticket.id] = ticket
                 case Admit() as record:
-                    self._groups.append(Admitted(self._open.pop(record.ticket, None), record))
-                    self.changes += 1
+                    one = Admitted(self._open.pop(record.ticket, None), record)
+                    heldout = one.ticket is not None and one.ticket.kind == "eval"
+                    (self._heldout if heldout else self._others).append(one)
             start = offset + HEAD.size + len(payload)
         self._at = (extent.name, start)
 
@@ -83,10 +85,12 @@ class Latest:
         return "" if self._decoder() is not None else "no tokenizer.json here: token ids are shown"
 
     def shown(self) -> list[dict[str, Any]]:
-        """The groups, the newest first."""
+        """Those to train on, the newest first, then the held-out ones."""
         texts = self._decoder() or _ids
         codec = Codec(FromActor)
-        return [_group(one, codec, texts) for one in reversed(self._groups)]
+        return [
+            _group(one, codec, texts) for one in (*reversed(self._others), *reversed(self._heldout))
+        ]
 
     def _decoder(self) -> Decode | None:
         if self._decode is None:

@@ -45,7 +45,6 @@ class Series:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.last: dict[str, Any] = {}  # the newest line of a step, whole
-        self.changes = 0  # how often `refresh` found something
         self._forget(None)
 
     def _forget(self, identity: tuple[int, int] | None) -> None:
@@ -76,7 +75,6 @@ class Series:
             line = _decoded(raw)
             if line is not None:
                 self._note(line)
-                self.changes += 1
 
     def _note(self, line: dict[str, Any]) -> None:
         step = line["step"]

@@ -26,29 +26,33 @@ function short(value, digits = 3) {
   const size = Math.abs(value);
   if (size >= 1e6) return (value / 1e6).toFixed(1) + " M";
   if (size >= 1e4) return (value / 1e3).toFixed(1) + " k";
-  if (size >= 100) return value.toFixed(0);
+  if (size >= 100) return Math.round(value).toLocaleString("en");
   if (size >= 10) return value.toFixed(1);
   if (size > 0 && size < 0.001) return value.toExponential(1);
   return value.toFixed(digits);
 }
 
+const whole = (value) => (Math.abs(value) >= 1e5 ? short(value) : String(Math.round(value)));
 const percent = (share) => (share === null || share === undefined ? "–" : Math.round(100 * share) + " %");
 
 // Round numbers that cover [low, high], about `count` of them.
-function ticks(low, high, count, whole) {
+function ticks(low, high, count, integers) {
   const rough = (high - low) / Math.max(1, count);
   const power = 10 ** Math.floor(Math.log10(rough));
   let step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.999);
-  if (whole) step = Math.max(1, Math.ceil(step));
+  if (integers) step = Math.max(1, Math.ceil(step));
   const found = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step);
   return found;
 }
 
+// As many digits as the step between two marks needs.
 function axisText(value, step) {
   if (Math.abs(value) >= 1e4) return short(value);
-  const digits = step >= 1 ? 0 : Math.min(8, Math.ceil(-Math.log10(step) - 1e-9) + (/^[25]/.test(String(step * 1e9)) ? 0 : 0));
-  return digits > 4 ? value.toExponential(0).replace("e+0", "0") : value.toFixed(step < 1 && (step * 10 ** digits) % 1 > 1e-6 ? digits + 1 : digits);
+  if (step < 1e-4) return value === 0 ? "0" : value.toExponential(1);
+  let digits = 0;
+  while (digits < 6 && Math.abs(step * 10 ** digits - Math.round(step * 10 ** digits)) > 1e-6) digits++;
+  return value.toFixed(digits);
 }
 
 // The frame of a picture: axes and grid. Returns the svg and the two scales.
@@ -66,7 +70,7 @@ function frame(box, xs, ys, labels) {
     svg.append(draw("line", { class: value === 0 ? "zero" : "grid", x1: left, x2: right, y1: y(value), y2: y(value) }));
     svg.append(draw("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, names[i]));
   });
-  const marks = labels || ticks(xs[0], xs[1], Math.max(2, Math.floor(width / 90)), true).map((v) => [v, short(v, 0)]);
+  const marks = labels || ticks(xs[0], xs[1], Math.max(2, Math.floor(width / 90)), true).map((v) => [v, whole(v)]);
   marks.forEach(([value, name]) => svg.append(draw("text", { x: x(value), y: height - 4, "text-anchor": "middle" }, name)));
   return { svg, x, y, left, right, top, bottom };
 }

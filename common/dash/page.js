@@ -43,7 +43,7 @@ function showStatus(now) {
   pill.className = "pill " + (silent ? "wrong" : now.phase === "done" ? "done" : LIVE.includes(now.phase) ? "live" : "");
   const share = now.steps ? now.step / now.steps : 0;
   byId("progress").firstElementChild.style.width = 100 * share + "%";
-  byId("clock").textContent = now.phase ? `${time(now.seconds)}${now.phase === "done" ? "" : `, ${time(now.eta_s)} to go`}` : "";
+  byId("clock").textContent = now.phase ? `step ${now.step} of ${now.steps} · ${time(now.seconds)}${now.phase === "done" ? "" : `, ${time(now.eta_s)} to go`}` : "";
   showNotes(now);
   if (now.phase) {
     showTiles(now);
@@ -67,7 +67,6 @@ function showTiles(now) {
   const point = [...now.heldout].sort((a, b) => a.step - b.step).pop();
   const target = last("methods/isentropic/target");
   const tiles = [
-    ["step", `${now.step}`, `of ${now.steps}`],
     ["reward", short(now.reward), ""],
     ["held-out", point ? short(point.accuracy) : "–", point ? (point.done < point.of ? `first ${point.done} of ${point.of}` : `at step ${point.step}`) : ""],
     ["entropy", short(now.entropy), target === null ? "" : `target ${short(target)}`],
