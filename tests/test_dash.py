@@ -7,12 +7,10 @@ import http.client
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import msgspec
 import numpy as np
 import pytest
 import redis
+from matplotlib.image import imread
 
 from common import prometheus, status, wire
 from common.dash_rollouts import MOST_CHARACTERS, OTHERS, Latest
@@ -447,51 +446,6 @@ def browse(url: str, *options: str) -> str:
     return done.stdout
 
 
-def pixels(path: Path) -> np.ndarray:
-    """uint8 [height, width, 3] of an 8-bit RGB or RGBA PNG that is not interlaced."""
-    data = path.read_bytes()
-    width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
-    assert (depth, colour in (2, 6)) == (8, True)
-    chunks, at = b"", 8
-    while at < len(data):
-        (size,) = struct.unpack(">I", data[at : at + 4])
-        if data[at + 4 : at + 8] == b"IDAT":
-            chunks += data[at + 8 : at + 8 + size]
-        at += 12 + size
-    deep = 4 if colour == 6 else 3
-    return _unfiltered(zlib.decompress(chunks), width, height, deep)[:, :, :3]
-
-
-def _unfiltered(raw: bytes, width: int, height: int, deep: int) -> np.ndarray:
-    lines = np.frombuffer(raw, np.uint8).reshape(height, 1 + width * deep)
-    image = np.zeros((height, width, deep), np.int64)
-    for row, (kind, before) in enumerate(zip(lines[:, 0], [None, *range(height - 1)], strict=True)):
-        values = lines[row, 1:].reshape(width, deep).astype(np.int64)
-        above = image[before] if before is not None else np.zeros((width, deep), np.int64)
-        image[row] = _row(int(kind), values, above)
-    return image.astype(np.uint8)
-
-
-def _row(kind: int, values: np.ndarray, above: np.ndarray) -> np.ndarray:
-    if kind in (0, 2):
-        return (values + (above if kind == 2 else 0)) % 256
-    if kind == 1:
-        return np.cumsum(values, axis=0) % 256
-    out = np.zeros_like(values)
-    left, corner = np.zeros(values.shape[1], np.int64), np.zeros(values.shape[1], np.int64)
-    for i, value in enumerate(values):
-        guess = (left + above[i]) // 2 if kind == 3 else _paeth(left, above[i], corner)
-        out[i] = left = (value + guess) % 256
-        corner = above[i]
-    return out
-
-
-def _paeth(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    guess = a + b - c
-    da, db, dc = abs(guess - a), abs(guess - b), abs(guess - c)
-    return np.where((da <= db) & (da <= dc), a, np.where(db <= dc, b, c))
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (Debian: apt-get install chromium)")
 def test_a_real_browser_draws_every_curve_and_runs_no_code_of_a_rollout(
     tmp_path: Path, serve: Callable[[Watch], Dashboard]
@@ -519,8 +473,8 @@ def test_the_page_is_light_or_dark_and_as_wide_as_the_window(
 ) -> None:
     url, shot = serve(Watch(a_run(tmp_path))).url, tmp_path / "page.png"
     browse(f"{url}#{theme}", f"--window-size={size[0]},{size[1]}", f"--screenshot={shot}")
-    image = pixels(shot)
+    image = (255 * imread(shot)[:, :, :3]).astype(int)
     assert image.shape[:2] == (size[1], size[0])
     assert (image[-1, 1].mean() > 200) == (theme == "light")
-    coloured = (image.max(axis=2).astype(int) - image.min(axis=2) > 60).mean()
+    coloured = (image.max(axis=2) - image.min(axis=2) > 60).mean()
     assert coloured > 0.003, "curves are there"
