@@ -16,10 +16,12 @@ from typing import Any
 import msgspec
 
 from common.audit_checkpoints import check_checkpoints
-from common.audit_rule import Facts, batch, facts_of
+from common.audit_rule import Facts, allowed_lag, batch, facts_of
 from common.codec import Codec
+from common.episodes import PLAIN
 from common.errors import JournalError, WireError
 from common.journal import Position, read
+from common.proposals import Proposals
 from common.records import Admit, AnyRecord, ConfigChange, Drop, Finish, Issue, Open, Ready, Step
 from common.wire import FromActor, Group, Ticket
 
@@ -90,6 +92,7 @@ class _Life:
     step: int = -1  # that trained on it
     facts: Facts | None = None
     ready: bool = False
+    gamma: float = 1.0  # of its episodes
 
 
 @dataclass(slots=True)
@@ -100,7 +103,8 @@ class _Auditor:
     digests: dict[int, str] = field(default_factory=dict)  # version -> digest of its step record
     weights_dtype: str = ""  # of published versions; "" while no record says it
     _lives: dict[int, _Life] = field(default_factory=dict)
-    _buffer: list[int] = field(default_factory=list)  # main and aux, in admission order
+    _buffer: list[int] = field(default_factory=list)  # as they came in: proposers when ready
+    _proposals: Proposals = field(default_factory=Proposals)
     _config: dict[str, Any] = field(default_factory=dict)
     _run: str = ""
     _incarnation: int = 0
@@ -123,9 +127,8 @@ class _Auditor:
                 self._issue(ticket)
             case Admit(ticket=id_, frame=frame):
                 self._admit(id_, frame)
-            case Ready(ticket=id_):
-                if (life := self._known(id_, "is ready")) is not None:
-                    life.ready = True
+            case Ready(ticket=id_, scores=scores):
+                self._ready(id_, len(scores))
             case Step():
                 self._step(record)
             case Drop(ticket=id_, reason=reason):
@@ -135,6 +138,8 @@ class _Auditor:
             case Finish(t=t, reason=reason):
                 self._finished = reason
                 self._expect(t == self._t, f"the run finished at step {t}, after {self._t} steps")
+        faults = self._proposals.take(record)
+        self.violations += [] if self._pruned else faults
         self._last = at
 
     def result(self, checkpoints: int) -> Audit:
@@ -190,7 +195,7 @@ class _Auditor:
         if ticket.id in self._lives:
             self.violations.append(f"ticket {ticket.id} is issued twice")
             return
-        self._lives[ticket.id] = _Life(ticket.kind, ticket.n)
+        self._lives[ticket.id] = _Life(ticket.kind, ticket.n, gamma=(ticket.episode or PLAIN).gamma)
 
     def _admit(self, id_: int, frame: bytes) -> None:
         life = self._known(id_, "is admitted")
@@ -214,9 +219,20 @@ class _Auditor:
             )
             return
         self._expect_versions(id_, group)
-        life.facts = facts_of(group)
+        life.facts = facts_of(group, life.gamma)
         life.fate = {"eval": "evaluated", "score": "scored"}.get(life.kind, "buffered")
-        if life.fate == "buffered":
+        if life.fate == "buffered" and life.kind != "propose":
+            self._buffer.append(id_)
+
+    def _ready(self, id_: int, scores: int) -> None:
+        life = self._known(id_, "is ready")
+        if life is None:
+            return
+        waits = life.kind == "propose" and life.fate == "buffered" and not life.ready
+        self._expect(waits, f"ticket {id_} is ready; it is {life.kind} and {life.fate}")
+        self._expect(scores == life.n, f"ticket {id_} is ready with {scores} scores of {life.n}")
+        if waits:
+            life.ready = True
             self._buffer.append(id_)
 
     def _step(self, record: Step) -> None:
@@ -251,13 +267,11 @@ class _Auditor:
             self._expect(
                 life.kind != "propose" or life.ready, f"{name} is trained before its score is known"
             )
-            worst, allowed = life.facts.lag(t), self._config.get("max_lag")
-            self._expect(
-                allowed is None or worst <= allowed, f"{name} has lag {worst}; max_lag is {allowed}"
-            )
+            worst, allowed = life.facts.lag(t), allowed_lag(life.kind, self._config)
+            self._expect(worst <= allowed, f"{name} has lag {worst}; max_lag is {allowed}")
             self._lags.update(max(0, t - version) for version in life.facts.oldest)
             life.fate, life.step = "trained", t
-            self._buffer.remove(id_)
+            self._leave(id_)
 
     def _end(self, id_: int, reason: str, how: str) -> None:
         life = self._known(id_, how)
@@ -267,14 +281,16 @@ class _Auditor:
         if life.fate not in ("in_flight", "buffered"):
             self.violations.append(f"ticket {id_} {how} although it is {life.fate}")
             return
-        if life.fate == "buffered":
-            self._buffer.remove(id_)
+        self._leave(id_)
         life.fate = reason or "dropped"
 
+    def _leave(self, id_: int) -> None:
+        if id_ in self._buffer:
+            self._buffer.remove(id_)
+
     def _check_batch(self, record: Step) -> None:
-        """Main and aux part of a step against the rule; proposers are checked one by one."""
         t = record.t
-        consumed = [i for i in record.consumed if self._kind(i) in ("main", "aux")]
+        consumed = [i for i in record.consumed if self._kind(i) in TRAINABLE]
         buffered = [self._lives[i].facts for i in self._buffer]
         expected = batch([facts for facts in buffered if facts], t, self._config)
         if expected is None:

@@ -233,6 +233,7 @@ class Desk:
         self._stop.set()
         self._bell.ring()
         self._thread.join(10.0)
+        self._issuer.close()
         self._socket.close(linger=0)
         self._bell.close()
 
@@ -461,6 +462,7 @@ class Desk:
     def _issue(self, now: float) -> None:
         if self.blocked or not self._issuing or self.version < 0:
             return
+        self._issuer.turn()
         room = self._issuer.room()
         if not (self._leases.waiting or self._issuer.wants(room)):
             return

@@ -13,6 +13,7 @@ import pytest
 import zmq
 
 from common import channel, wire
+from common import keys as key_files
 from common.codec import Codec
 from common.failpoints import Failpoint
 from common.journal import Journal, read
@@ -48,10 +49,18 @@ class Letters:
 class Counter:
     """A desk on a real socket, and what is needed to look behind it."""
 
-    def __init__(self, folder: Path, config: LearnerConfig = CONFIG, incarnation: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: LearnerConfig = CONFIG,
+        incarnation: int = 1,
+        keys: str = "",
+    ) -> None:
         self.folder = folder
         self.context: zmq.Context[Any] = zmq.Context()
-        socket, self.endpoint = channel.bind_router(self.context, "tcp://127.0.0.1:0")
+        socket, self.endpoint = channel.bind_router(
+            self.context, "tcp://127.0.0.1:0", key_files.read(keys)
+        )
         self.journal = Journal(folder, incarnation)
         self.ledger = Ledger()
         opened = Open(run=RUN, incarnation=incarnation, config={"learner": {}})
@@ -92,9 +101,14 @@ class Actor:
     """The other end, by hand."""
 
     def __init__(
-        self, context: zmq.Context[Any], endpoint: str, name: str = "a", pid: int = 1
+        self,
+        context: zmq.Context[Any],
+        endpoint: str,
+        name: str = "a",
+        pid: int = 1,
+        keys: channel.Keys | None = None,
     ) -> None:
-        self.socket = channel.connect_dealer(context, endpoint)
+        self.socket = channel.connect_dealer(context, endpoint, keys)
         self.socket.setsockopt(zmq.RCVTIMEO, 5000)
         self.name, self.pid = name, pid
         self.codec = Codec(wire.FromLearner)
@@ -538,7 +552,7 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
 
 
 def test_an_error_in_the_desks_thread_is_raised_in_the_trainers(counter: Counter) -> None:
-    def boom(index: int) -> Draft:
+    def boom(*_: object) -> Draft:
         raise RuntimeError("the prompt stream broke")
 
     counter.prompts.draw = boom  # type: ignore[method-assign]
