@@ -1,4 +1,4 @@
-"""Turns after a wrong answer: exact tokens, masks, temperatures, tries, and what ends an episode."""
+"""Turns after a wrong answer: exact tokens, masks, temperatures, tries, what ends an episode."""
 
 from __future__ import annotations
 
