@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from common.config import RunConfig
+from common.errors import ConfigError
+from learner import kappa, shard
 from learner import model as models
-from learner import shard
+from learner.classp import Classp
 from learner.comm import Comm, Order
 from learner.config import LearnerConfig
 from learner.measure import Law
@@ -75,17 +78,13 @@ def state_of(policy: models.Policy, run: RunConfig, config: LearnerConfig) -> Tr
 
     Of many ranks each calls it, on the same weights, and keeps its slices of the policy.
     """
+    if config.kappa_tune is not None:
+        kappa.freeze(policy, config.kappa_tune)
     shard.shard(policy, policy.net, models.device(config), config.dtype == "bf16")
     masters: dict[str, Tensor] = dict(models.trainable(policy))
     if run.weights_dtype == "bf16":
         masters = {name: p.detach().clone() for name, p in masters.items()}
-    optimizer = torch.optim.AdamW(
-        masters.values(),
-        lr=config.lr,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    optimizer = _optimizer(masters.values(), config)
     methods = Methods(config.methods)
     facts = constants(policy, config)
     methods.fits(facts["max_entropy"], policy.statistics)
@@ -94,6 +93,22 @@ def state_of(policy: models.Policy, run: RunConfig, config: LearnerConfig) -> Tr
     state.ask = methods.ask(facts, states)
     state.publish_masters()
     return state
+
+
+def _optimizer(masters: Iterable[Tensor], config: LearnerConfig) -> torch.optim.Optimizer:
+    if config.classp is None:
+        return torch.optim.AdamW(
+            masters,
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+    if config.classp.relative == "quantile" and Comm.current().world_size > 1:
+        raise ConfigError(
+            'learner.classp.relative = "quantile": no rank sees a whole tensor; take "mean"'
+        )
+    return Classp(masters, config.lr, config.classp)
 
 
 def constants(policy: models.Policy, config: LearnerConfig) -> dict[str, float]:
