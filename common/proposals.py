@@ -73,8 +73,8 @@ class Proposals:
                 self._t = t + 1
         return []
 
-    def share(self) -> float | None:
-        """Estimated label error: the share of audited labels that were found wrong."""
+    def label_error(self) -> float | None:
+        """Share of the audited labels that were found wrong."""
         found = [made.audit for made in self.made.values() if made.audit]
         return found.count("wrong") / len(found) if found else None
 

@@ -25,7 +25,7 @@ from learner.prompts.arithmetic import split_of
 DEADLINE_S = 20.0  # for one label
 MOST_HUNG = 3  # functions that never came back; then it is not asked any more
 
-_SUM = re.compile(r"\d{1,12}(?:\+\d{1,12})+\?")
+_SUM = re.compile(r"[0-9]{1,12}(?:\+[0-9]{1,12})+\?")
 Label = Callable[[str], str | None]
 
 
