@@ -25,7 +25,7 @@ HIGH_WATER = 512  # messages queued a peer; credits bound the work, this a peer 
 ANSWERS_HIGH_WATER = 16_384  # to one actor: small ones, at most two for each of its credits
 HEARTBEAT_MS = 2_000
 DEAD_MS = 6_000  # a peer that answered no ZMTP ping for so long is gone
-HANDSHAKE_MS = 10_000  # who has not introduced itself by then is cut off, and its descriptor free
+HANDSHAKE_MS = 5_000  # who has not shown a listed key by then is cut off
 SAY_S = 30.0  # between two lines about strangers
 BACKLOG = 1_024  # connections that wait to be accepted: a flood of them does not push actors out
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # fixed by ZeroMQ's RFC 27
@@ -163,8 +163,8 @@ def _admit(context: zmq.Context[Any], allowed: tuple[bytes, ...]) -> None:
 
 
 def _answer_zap(socket: zmq.Socket[bytes], allowed: frozenset[bytes]) -> None:
-    """300 in place of 400: ZeroMQ then closes the connection without a word, so that a stranger
-    cannot tell a key that is not listed from a network that fails."""
+    """300 in place of 400: ZeroMQ then says nothing more until the handshake's time is over, so
+    that a stranger cannot tell a key that is not listed from a network that fails."""
     strangers = Strangers()
     try:
         while True:
