@@ -24,7 +24,10 @@ from common.options import existing_run
 Z95 = 1.959964  # two-sided, of the normal distribution
 LABEL_WIDTH = 60
 # How a run was looked at and stored: told apart by it only where nothing else differs.
-BESIDE = ("learner.eval.", "learner.realised_every", "learner.keep_", "learner.tensorboard")
+BESIDE = (
+    *("learner.eval.", "learner.realised_every", "learner.keep_"),
+    *("learner.tensorboard", "learner.wandb"),
+)
 
 
 class Run(NamedTuple):

@@ -1,5 +1,5 @@
-"""Numbers of a run: one line a step in metrics.jsonl, TensorBoard by option, and what each name
-means.
+"""Numbers of a run: one line a step in metrics.jsonl, TensorBoard and Weights & Biases by option,
+and what each name means.
 
     metrics = Metrics(run_folder, tensorboard=False)
     metrics.write(step=3, {"reward": 0.5, "lag": {"0": 200, "1": 56}})
@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from common.journal import NO_SPACE
+from common.trackers import Wandb, WandbConfig
 
 FILE = "metrics.jsonl"
 
@@ -115,7 +116,11 @@ class Metrics:
     """The sinks of one learner. `keep_until`: the step of the checkpoint it goes on from."""
 
     def __init__(
-        self, folder: Path, tensorboard: bool = False, keep_until: int | None = None
+        self,
+        folder: Path,
+        tensorboard: bool = False,
+        keep_until: int | None = None,
+        wandb: WandbConfig | None = None,
     ) -> None:
         self.path = folder / FILE
         if keep_until is not None:
@@ -124,6 +129,7 @@ class Metrics:
         self._unwritten = bytearray()
         purge = None if keep_until is None else keep_until + 1
         self._board = Board(folder / "tensorboard", purge) if tensorboard else None
+        self._wandb = Wandb(folder, wandb) if wandb is not None else None
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         """Append one line; what is not finite becomes null. Names must be in the glossary."""
@@ -133,6 +139,8 @@ class Metrics:
         self._append(msgspec.json.encode(line) + b"\n")
         if self._board is not None:
             self._board.write(step, values)
+        if self._wandb is not None:
+            self._wandb.write(step, _flat(values))
 
     def _append(self, line: bytes) -> None:
         """While the disk is full lines wait in memory, and so does the rest of a cut one."""
@@ -149,6 +157,8 @@ class Metrics:
         self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

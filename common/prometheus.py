@@ -131,14 +131,18 @@ def _actors(actors: Mapping[str, ActorStatus]) -> Iterator[str]:
 
 
 def _step(line: Mapping[str, Any]) -> Iterator[str]:
-    methods: list[Sample] = []
+    """A family a name; one for all `methods/NAME/NUMBER`, and for the other names with a slash."""
+    parted: dict[str, list[Sample]] = {}
     for name, value in line.items():
-        if name.startswith("methods/"):
-            _, method, number = [*name.split("/", 2), ""][:3]
-            methods += [({"method": method, "number": number}, v) for _, v in _samples("", value)]
+        prefix, slash, rest = name.partition("/")
+        if slash and f"{prefix}/" in GLOSSARY:
+            which, _, number = rest.partition("/")
+            labels = {"name": which, "number": number}
+            parted.setdefault(prefix, []).extend((labels, v) for _, v in _samples("", value))
         elif name in GLOSSARY and name not in SKIPPED:
             yield _family(f"step_{_safe(name)}", "gauge", GLOSSARY[name], _samples(name, value))
-    yield _family("step_method", "gauge", GLOSSARY["methods/"], methods)
+    for prefix, samples in parted.items():
+        yield _family(f"step_{_safe(prefix)}", "gauge", GLOSSARY[f"{prefix}/"], samples)
 
 
 def _samples(name: str, value: Any) -> list[Sample]:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from common.config import NaturalInt, NotNegative, Positive, PositiveInt, Section, Share, need
+from common.trackers import WandbConfig
 from learner.methods import AnyMethod
 from learner.methods.base import asks
 from learner.methods.base import check as check_methods
@@ -106,6 +107,7 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
     feedback: FeedbackConfig | None = None
     intervene: InterveneConfig | None = None
     tensorboard: bool = False
+    wandb: WandbConfig | None = None  # Weights & Biases; a table, empty for its defaults
 
     def check(self) -> None:
         need(

@@ -44,7 +44,7 @@ class Report:
         self._folder = folder
         self._registry = registry
         self._config = config
-        self._metrics = Metrics(folder.path, config.tensorboard, keep_until=t or None)
+        self._metrics = Metrics(folder.path, config.tensorboard, t or None, config.wandb)
         self._file = StatusFile(folder.path)
         self._lines: list[dict[str, Any]] = read_metrics(folder.path)
         self._status = Status(run=folder.run_id, steps=config.steps, max_lag=config.max_lag)

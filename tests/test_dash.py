@@ -417,8 +417,8 @@ def test_every_metric_of_the_glossary_has_a_place_in_prometheus() -> None:
     found = families(prometheus.text(a_troubled_status(), line, time.time()))
     wanted = {n for n in line if n in GLOSSARY and n not in {*prometheus.SKIPPED, "heldout"}}
     assert {f"isentrope_step_{name}" for name in wanted} <= found.keys()
-    method = found["isentrope_step_method"].samples[0]
-    assert method.labels == {"method": "isentropic", "number": "target"}
+    method = found["isentrope_step_methods"].samples[0]
+    assert method.labels == {"name": "isentropic", "number": "target"}
     reasons = {sample.labels["reason"] for sample in found["isentrope_step_dropped"].samples}
     assert 'odd "name"\\\n' in reasons
 
