@@ -29,7 +29,7 @@ AUDIT = {"": "", "right": "✓", "wrong": "✗"}
 @click.option("--limit", default=40, show_default=True, help="Problems shown, the newest; 0: all.")
 @json_option
 def synth(run_folder: Path, state: str, limit: int, as_json: bool) -> None:
-    """List proposed problems: parents, labels, p′, uses, fate; and how many went which way, and why.
+    """List proposed problems: parents, labels, p′, uses, fate; and why how many came how far.
 
     A problem is named by the ticket and the rollout that proposed it. ✓ and ✗: what a second
     opinion said of its label.

@@ -84,6 +84,7 @@ class State(msgspec.Struct, kw_only=True):
     seeds: list[Seed] = []
     asked: dict[int, Asked] = {}
     made: dict[str, Made] = {}
+    taken: dict[str, tuple[int, str]] = {}  # (depth, source) of what the pool took lately
     baselines: dict[str, float] = {}  # mean diversity of proposals, by source
     fresh: int = 0  # main tickets that asked a problem for the first time …
     mixed: int = 0  # … and those of them that asked one of the pool's
@@ -229,15 +230,14 @@ class Pool:
 
     def _source(self, ticket: Ticket) -> str:
         """The one that a problem comes from in the end."""
-        made = self.state.made.get(ticket.problem)
-        return ticket.source if made is None else made.source
+        return self.state.taken.get(ticket.problem, (0, ticket.source))[1]
 
     def _depth(self, problem: str) -> int | None:
         """How often removed from the source a problem made from this one is; None: too often."""
         if not problem.startswith(f"{PREFIX}/"):
             return 1
-        made = self.state.made.get(problem)
-        return made.depth + 1 if made is not None and made.depth < self.config.depth else None
+        depth = self.state.taken.get(problem, (self.config.depth, ""))[0]
+        return depth + 1 if depth < self.config.depth else None
 
     def _score(self, ticket: Ticket, group: Group) -> None:
         made = self.state.made.get(ticket.problem)
@@ -268,6 +268,9 @@ class Pool:
             state.scored, state.sum_p = state.scored + 1, state.sum_p + record.p
         if record.state == "active":
             made.born, state.accepted = state.t, state.accepted + 1
+            state.taken[made.id] = made.depth, made.source
+            if len(state.taken) > 4 * self.config.size:
+                del state.taken[next(iter(state.taken))]
         settled = made.state in ("rejected", "expired")
         if settled and made.ticket not in state.asked:
             del state.made[made.id]
