@@ -26,6 +26,7 @@ from learner.ledger import Ledger
 from learner.measure import off_policy_alarm
 from learner.origin import of_answers
 from learner.prompts import curriculum
+from learner.synthesis import facts as synthesis
 
 if TYPE_CHECKING:
     from learner.desk import Desk
@@ -84,6 +85,7 @@ class Report:
         self._note_actors(desk)
         self._doubt.look(batch.t + 1, report.metrics)
         line: dict[str, Any] = {**report.metrics, **_batch_facts(batch), **self._pool(desk)}
+        line |= desk.look(lambda: synthesis.facts(desk.ledger.followers, batch))
         for name, facts in of_answers(_seen(batch), self._config).items():
             line[name] = facts | line.get(name, {})
         line |= turns.facts(_seen(batch), self._config.feedback, self._config.intervene)
