@@ -12,9 +12,20 @@ from common.audit import audit
 from common.audit_cli import audit as command
 from common.codec import Codec
 from common.journal import Journal, seal_of
-from common.records import Admit, AnyRecord, ConfigChange, Drop, Finish, Issue, Open, Step
+from common.records import (
+    Admit,
+    AnyRecord,
+    ConfigChange,
+    Drop,
+    Finish,
+    Issue,
+    Open,
+    Proposal,
+    Ready,
+    Step,
+)
 from common.versions import Tensor, digest
-from common.wire import FromActor, Group
+from common.wire import FromActor, Grading, Group
 from tests.builders import make_group, make_rollout, make_ticket
 
 LEARNER = {
@@ -391,3 +402,56 @@ def test_the_command_prints_the_sums_and_fails_on_a_violation(run: Run) -> None:
     done = CliRunner().invoke(command, [str(run.path), "--json"])
     assert done.exit_code == 1
     assert json.loads(done.output.splitlines()[-1])["ok"] is False
+
+
+PROPOSING = {"synthesis": {"proposers": 1, "max_lag": None}}
+
+
+def test_a_proposer_is_trained_once_its_scores_are_known_in_their_order(tmp_path: Path) -> None:
+    run = Run(tmp_path, **PROPOSING)
+    run.issued(0, 1).issued(7, 8, kind="propose").issued(9, kind="score")
+    run.admitted(7, 8, kind="propose").admitted(9, kind="score").admitted(0)
+    run.wrote(Ready(ticket=8, scores=(1.0, 0.0)), Ready(ticket=7, scores=(1.0, 0.0)))
+    run.admitted(1).stepped(0, [0, 1, 8])
+    run.close()
+    found = audit(run.path)
+    assert found.violations == []
+    assert (found.sums["propose"].trained, found.sums["propose"].buffered) == (1, 1)
+    assert found.sums["score"].scored == 1
+
+
+def test_a_proposer_trained_without_scores_or_out_of_turn_is_found(tmp_path: Path) -> None:
+    run = Run(tmp_path, **PROPOSING)
+    run.got(0, 7, kind="propose").got(1, 2).stepped(0, [1, 2, 0])
+    run.wrote(Ready(ticket=7, scores=(1.0,)))
+    said = run.violations()
+    assert any("ticket 0 is trained before its score is known" in v for v in said)
+    assert any("the batch rule gives [1, 2]" in v for v in said)
+    assert any("ticket 7 is ready with 1 scores of 2" in v for v in said)
+
+
+def test_a_proposer_beyond_its_own_lag_is_found(tmp_path: Path) -> None:
+    run = Run(tmp_path, **PROPOSING)
+    run.got(9, kind="propose").wrote(Ready(ticket=9, scores=(1.0, 0.0)))
+    for t in range(3):
+        run.got(2 * t, 2 * t + 1, version=t).stepped(t, [2 * t, 2 * t + 1])
+    run.got(20, 21, version=3).stepped(3, [20, 21, 9])
+    assert any("ticket 9 has lag 3; max_lag is 2" in v for v in run.violations())
+
+
+def test_a_problem_that_jumps_a_state_or_is_asked_when_it_may_not_be_is_found(run: Run) -> None:
+    run.issued(5, kind="propose").admitted(5, kind="propose")
+    known = {"ticket": 5, "rollout": 0}
+    run.wrote(Proposal(**known, state="extracted", text="1+2?", parent="p"))
+    run.wrote(Proposal(**known, state="labelled", gold="3", origin="inherited"))
+    asked = {"problem": "synthesis/5/0", "parent": 5}
+    run.wrote(Issue(ticket=make_ticket(6, **asked, grading=Grading(gold="3"))))
+    run.wrote(Proposal(**known, state="active"), Proposal(**known, state="expired"))
+    run.wrote(Proposal(**known | {"rollout": 4}, state="extracted"))
+    run.wrote(Issue(ticket=make_ticket(8, **asked, grading=Grading(gold="4"))))
+    said = "\n".join(run.violations())
+    assert "ticket 6 asks synthesis/5/0, which is labelled" in said
+    assert "synthesis/5/0 went from labelled to active" in said
+    assert "synthesis/5/0 is expired for no reason" in said
+    assert "synthesis/5/4 is extracted, never proposed" in said
+    assert "ticket 8 asks synthesis/5/0 with another answer than its label" in said

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from common.journal import Position
-from common.records import Step
+from common.records import Ready, Step
 from common.wire import Group
 from learner.config import LearnerConfig
 from learner.inbox import Selection, select
 from learner.inbox import fate as fate_of
 from learner.ledger import Entry
+from learner.synthesis.config import SynthesisConfig
 from tests.builders import make_group, make_rollout, make_ticket
 from tests.test_ledger import Book, admit, issue
 
@@ -139,3 +140,55 @@ def test_aux_groups_join_only_when_admitted_before_the_last_main_group() -> None
 def test_aux_groups_are_not_asked_for_variance_but_for_freshness() -> None:
     assert fate(make_group([1, 1], kind="aux"), 0, config()) == ""
     assert fate(make_group([1, 1], kind="aux"), 2, config()) == "stale"
+
+
+def with_proposer(**fields: object) -> LearnerConfig:
+    return config(synthesis=SynthesisConfig(**fields))
+
+
+def book_with_proposals(*ready: int) -> Book:
+    """Three propose groups are admitted, the scores of some come in between two main groups."""
+    book = Book()
+    book.tell(issue(0), issue(1), *(issue(i, kind="propose") for i in (2, 3, 4)))
+    book.tell(*(admit(i, (0, 0), "propose") for i in (2, 3, 4)), admit(0))
+    book.tell(*(Ready(ticket=i, scores=(0.5, -0.5)) for i in ready), admit(1))
+    return book
+
+
+def test_proposers_join_in_the_order_in_which_their_scores_came() -> None:
+    book = book_with_proposals(4, 2)
+    selection = chosen(book, with_proposer(proposers=2))
+    assert selection.consumed == (0, 1, 4, 2)
+    assert [item.scores for item in selection.items] == [(), (), (0.5, -0.5), (0.5, -0.5)]
+    assert chosen(book, with_proposer(proposers=1)).consumed == (0, 1, 4)
+    assert chosen(book, with_proposer(proposers=0)).consumed == (0, 1)
+    assert chosen(book).consumed == (0, 1)
+
+
+def test_a_proposer_without_its_scores_or_with_late_ones_waits() -> None:
+    book = book_with_proposals(3)
+    book.tell(Ready(ticket=2, scores=(1.0, 0.0)))
+    assert chosen(book, with_proposer()).consumed == (0, 1, 3)
+
+
+def test_proposers_have_a_lag_limit_of_their_own() -> None:
+    group = make_group([0, 0], kind="propose", version=0)
+    entry = Entry(make_ticket(kind="propose"), Position("", 0))
+    entry.admit(group, 0)
+    assert [fate_of(entry, t, with_proposer()) for t in (2, 3)] == ["", "stale"]
+    assert fate_of(entry, 5, with_proposer(max_lag=5)) == ""
+
+
+def test_a_stale_proposer_is_dropped_and_its_prompt_is_not_asked_again() -> None:
+    book = book_with_proposals(2)
+    settings = with_proposer(max_lag=0)
+    for t in range(2):
+        book.tell(issue(10 + t), issue(20 + t), admit(10 + t, version=t), admit(20 + t, version=t))
+    book.tell(Step(t=0, version=1, digest="", consumed=(0, 1)))
+    selection = chosen(book, settings)
+    assert selection.dropped == ((2, "stale"),)
+    book.tell(
+        Step(t=1, version=2, digest="", consumed=selection.consumed, dropped=selection.dropped)
+    )
+    assert not book.ledger.again
+    assert book.ledger.sums()["propose"].dropped == {"stale": 1}

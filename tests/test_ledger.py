@@ -15,15 +15,18 @@ from common import wire
 from common.codec import Codec
 from common.errors import JournalError
 from common.journal import Journal, Position, read
-from common.records import Admit, AnyRecord, Drop, Issue, Open, Step
+from common.records import Admit, AnyRecord, Drop, Issue, Open, Ready, Step
 from learner.config import LearnerConfig
 from learner.follow import Follower
 from learner.inbox import select
 from learner.ledger import Entry, Ledger
+from learner.synthesis.config import SynthesisConfig
 from tests.builders import make_group, make_ticket
 
 CODEC = Codec(wire.FromActor)
-CONFIG = LearnerConfig(groups_per_step=2, group_size=2, max_lag=1, refill_limit=4)
+CONFIG = LearnerConfig(
+    groups_per_step=2, group_size=2, max_lag=1, refill_limit=4, synthesis=SynthesisConfig()
+)
 
 
 def issue(id_: int, kind: wire.Kind = "main", **fields: object) -> Issue:
@@ -114,6 +117,30 @@ def test_evaluations_end_when_admitted_and_are_never_in_a_batch() -> None:
     assert not book.ledger.open
 
 
+def test_a_proposer_waits_for_its_scores_and_a_scored_problem_for_nothing() -> None:
+    book = Book()
+    book.tell(issue(0, "propose"), issue(1, "score"), admit(0, (0, 0), "propose"))
+    book.tell(admit(1, (1, 0), "score"))
+    assert book.ledger.sums()["score"].scored == 1
+    assert not book.ledger.buffered("propose")
+    assert book.restored().open[0].order == -1
+    with pytest.raises(JournalError, match="3 scores"):
+        book.tell(Ready(ticket=0, scores=(1.0, 0.0, 0.0)))
+    book.tell(Ready(ticket=0, scores=(1.0, 0.0)))
+    assert book.ledger.buffered("propose")[0].item.scores == (1.0, 0.0)
+    assert book.restored().buffered("propose")[0].item.scores == (1.0, 0.0)
+    with pytest.raises(JournalError, match="no propose group that waits"):
+        book.tell(Ready(ticket=0, scores=(1.0, 0.0)))
+
+
+def test_what_is_made_from_a_stale_problem_does_not_answer_for_it() -> None:
+    book = Book()
+    book.tell(issue(0, problem="p"), admit(0))
+    book.tell(Step(t=0, version=1, digest="", consumed=(), dropped=((0, "stale"),)))
+    book.tell(issue(1, "propose", problem="synthesis/of/p", parent=0))
+    assert [old.id for old in book.ledger.again] == [0]
+
+
 def test_the_prompt_cursor_follows_what_was_issued() -> None:
     book = Book()
     book.tell(issue(0, cursor=0), issue(1, cursor=1), issue(2, cursor=-1, parent=0))
@@ -130,7 +157,7 @@ def test_a_random_life_conserves_every_ticket_and_survives_restoring_at_any_mome
         deed = rng.random()
         flying = [e.ticket for e in book.ledger.in_flight()]
         if deed < 0.45:
-            kind = rng.choice(["main", "main", "main", "aux", "eval"])
+            kind = rng.choice(["main", "main", "main", "aux", "eval", "propose", "score"])
             book.tell(issue(next_id, kind=kind, label="e", cursor=next_id))
             next_id += 1
         elif deed < 0.85 and flying:
@@ -139,6 +166,10 @@ def test_a_random_life_conserves_every_ticket_and_survives_restoring_at_any_mome
             book.tell(admit(ticket.id, rewards, ticket.kind, version=rng.randint(max(0, t - 2), t)))
         elif deed < 0.9 and flying:
             book.tell(Drop(ticket=rng.choice(flying).id, reason="failed"))
+        proposed = [e for e in book.ledger.open.values() if e.group and e.ticket.kind == "propose"]
+        waiting = [e.ticket.id for e in proposed if not e.scores]
+        if waiting and rng.random() < 0.3:
+            book.tell(Ready(ticket=rng.choice(waiting), scores=(1.0, 0.0)))
         batch = select(book.ledger, CONFIG)
         if batch is not None and rng.random() < 0.5:
             book.tell(
