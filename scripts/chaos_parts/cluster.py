@@ -5,6 +5,7 @@ Whatever ends without having been killed here is a violation, and is started aga
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -60,13 +61,26 @@ class Member:
 
     def parts(self) -> list[int]:
         """Process ids of what it started itself: an engine, graders."""
-        if self.process is None:
-            return []
-        try:
-            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-            return [int(pid) for pid in children.read_text().split()]
-        except OSError:
-            return []
+        return _children(self.process.pid) if self.process is not None else []
+
+    def kill(self) -> bool:
+        """SIGKILL, and to all that it started: ranks have sessions of their own."""
+        if self.process is None or self.process.poll() is not None:
+            return False
+        found = [self.process.pid]
+        for pid in found:
+            found += _children(pid)
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return True
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 class Cluster:
@@ -99,7 +113,7 @@ class Cluster:
         """SIGKILL, to a stopped process as well."""
         member = self.members[name]
         member.expected = member.expected or "killed"
-        return member.signal(signal.SIGKILL)
+        return member.kill()
 
     def stop(self, name: str) -> bool:
         member = self.members[name]
@@ -136,7 +150,7 @@ class Cluster:
         self.restarting = False
         for member in self.members.values():
             if member.process is not None:
-                member.signal(signal.SIGKILL)
+                member.kill()
                 kill_session(member.process)
                 member.process = None
 

@@ -141,7 +141,7 @@ class Conductor:
 
 def conduct(chosen: argparse.Namespace) -> int:
     """Its exit code."""
-    with _alone(chosen.name):
+    with alone(chosen.name):
         work = chosen.out or Path(tempfile.mkdtemp(prefix=f"{chosen.name}-"))
         work.mkdir(parents=True, exist_ok=True)
         conductor = Conductor(chosen, work.resolve())
@@ -167,7 +167,7 @@ def conduct(chosen: argparse.Namespace) -> int:
     return 1 if line["violations"] else 0
 
 
-def _alone(name: str) -> Any:
+def alone(name: str) -> Any:
     """A lock a name: whatever else is called so belongs to a run that is dead."""
     lock = (Path(tempfile.gettempdir()) / f"{name}.lock").open("w")
     try:
