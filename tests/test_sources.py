@@ -147,6 +147,38 @@ def test_rows_that_lack_something_or_repeat_are_left_out_counted_and_named(
 
 
 @every_kind
+def test_rows_that_name_different_answers_to_one_question_are_all_left_out(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which of them is right nobody knows, so a run trains on none."""
+    bad = [{"prompt": "3+3?", "answer": 7, "level": 0}, {"prompt": "9+9?", "answer": 18}]
+    source = source_of(kind, WRITERS[kind](tmp_path, [*SUMS, *bad]))
+    asked = set(trained(source, 54)) | set(heldout(source))
+    assert asked == {row["prompt"] for row in SUMS} - {"3+3?"}
+    assert "2 rows left out: others ask the same and name another answer: rows 4, 61" in caplog.text
+    assert "1 row left out: an earlier row asks the same as row 62" in caplog.text
+
+
+@pytest.mark.parametrize("nothing", ["", "  \n", [], {}, None])
+def test_an_answer_of_nothing_is_none(
+    nothing: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = {"prompt": "1+1?", "answer": nothing}
+    rows = [{"prompt": f"{i}?", "answer": [f"{i}"]} for i in range(20)]
+    source = source_of("jsonl", write_jsonl(tmp_path, [*rows, bad]))
+    assert "1 row left out: no answer in row 21" in caplog.text
+    assert source.train(0).gold.startswith('["')
+
+
+def test_an_answer_that_is_no_number_is_none_in_a_column_of_numbers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": f"{i}?", "answer": i / 2 if i != 7 else float("nan")} for i in range(20)]
+    source_of("parquet", write_parquet(tmp_path, rows))
+    assert "1 row left out: no answer in row 8" in caplog.text
+
+
+@every_kind
 def test_a_column_that_no_row_has_is_one_line_with_those_there_are(
     kind: str, tmp_path: Path
 ) -> None:
