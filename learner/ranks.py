@@ -80,7 +80,7 @@ def follow(run: RunConfig, config: LearnerConfig, comm: Comm) -> None:
     """Ranks 1 …: signals are for rank 0, which says stop when it has drained."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    log.info("rank %d of %d", comm.rank, comm.world_size)
+    log.info("rank %d of %d, pid %d", comm.rank, comm.world_size, os.getpid())
     obey(comm, lambda: make_alike(run, config))
 
 

@@ -1,0 +1,300 @@
+"""A learner of many processes: the same numbers as one, checkpoints for any number of ranks, and no
+rank that outlives another.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+import torch
+from torch import distributed, multiprocessing
+
+from common import journal
+from common.audit_checkpoints import read_safetensors, read_weights
+from common.config import RunConfig
+from common.errors import JournalError
+from common.records import Step
+from common.runfolder import RunFolder
+from common.status import read as read_status
+from common.versions import digest
+from learner import checkpoint
+from learner import model as models
+from learner.comm import Comm, Order
+from learner.config import LearnerConfig, RanksConfig
+from learner.item import Item
+from learner.model import Policy
+from learner.ranks import obey
+from learner.state import TrainState, state_of
+from learner.step import train_step
+from tests import runs
+from tests.builders import tiny_model
+from tests.conftest import Start
+from tests.test_step import a_batch
+
+pytestmark = pytest.mark.timeout(300)
+
+FOLD = b"what the ledger knows"
+STEPS, KEPT = 3, 2  # steps of a run, and of its checkpoint
+HALF = LearnerConfig(warmup_steps=0, lr=1e-3, threads=1, tokens_per_micro=60, dtype="bf16")
+
+
+def settings() -> LearnerConfig:
+    """Several updates and micro-batches a step, and a measurement."""
+    return LearnerConfig(
+        warmup_steps=0,
+        lr=1e-3,
+        threads=1,
+        tokens_per_micro=40,
+        updates_per_batch=2,
+        realised_every=1,
+    )
+
+
+def fresh(config: LearnerConfig | None = None) -> TrainState:
+    """Of sizes that four ranks cannot share equally."""
+    config = config or settings()
+    net = tiny_model(vocab=34, intermediate_size=66)
+    return state_of(Policy(net, config), RunConfig(), config)
+
+
+def batch(t: int) -> list[Item]:
+    """The second one has fewer rows than there are ranks."""
+    items = a_batch(t)
+    if t != 1:
+        return items
+    few = msgspec.structs.replace(items[0].group, rollouts=items[0].group.rollouts[:2])
+    return [items[0]._replace(group=few)]
+
+
+class Found(NamedTuple):
+    losses: list[float]
+    weights: torch.Tensor
+    mean_entropies: list[float]
+
+
+def weights(state: TrainState) -> torch.Tensor:
+    blobs = models.snapshot(state.model, "fp32")
+    return torch.frombuffer(bytearray(b"".join(bytes(b.data) for b in blobs)), dtype=torch.float32)
+
+
+# ---- the processes ------------------------------------------------------------------------------
+
+
+def straight(folder: Path, state: TrainState, world: int) -> Found:
+    """Three steps, and the checkpoint `step-WORLD` after the second."""
+    losses, entropies = [], []
+    for t in range(STEPS):
+        if t == KEPT:
+            torch.manual_seed(world)
+            checkpoint.save(folder / f"step-{world}", state, FOLD)
+        metrics = train_step(state, batch(t), settings()).metrics
+        losses.append(float(metrics["loss"]))  # type: ignore[arg-type]
+        entropies.append(float(metrics["entropy_realised"]))  # type: ignore[arg-type]
+    return Found(losses, weights(state), entropies)
+
+
+def resumed(folder: Path, state: TrainState, wrote: int) -> torch.Tensor:
+    """The third step, from the checkpoint that `wrote` ranks made."""
+    assert checkpoint.load(folder / f"step-{wrote}", state) == FOLD
+    assert state.t == KEPT
+    train_step(state, batch(KEPT), settings())
+    return weights(state)
+
+
+def half(**ranks: Any) -> LearnerConfig:
+    return msgspec.structs.replace(HALF, ranks=RanksConfig(**ranks))
+
+
+def _process(rank: int, folder: str) -> None:
+    """One of four: two of them are two ranks first, then all are four."""
+    torch.set_num_threads(1)
+    if rank < 2:
+        _rank(rank, 2, 1, Path(folder))
+    _rank(rank, 4, 2, Path(folder))
+
+
+def _rank(rank: int, world: int, wrote: int, folder: Path) -> None:
+    """They leave what they found in WORLD.pt."""
+    store = f"file://{folder}/store-{world}"
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    comm = Comm.current()
+    try:
+        state, other, bf16 = fresh(), fresh(), fresh(half(recompute=True))
+        if rank:
+            for held in (state, other, bf16):
+                obey(comm, lambda: None, held)  # type: ignore[arg-type,return-value]
+            return
+        found: dict[str, Any] = straight(folder, state, world)._asdict()
+        comm.say(Order.STOP)
+        found["resumed"] = resumed(folder, other, wrote)
+        comm.say(Order.STOP)
+        train_step(bf16, batch(0), half(recompute=True))
+        found["bf16"] = weights(bf16)
+        comm.say(Order.STOP)
+        torch.save(found, folder / f"{world}.pt")
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one, two and four ranks did: two go on from one's checkpoint, four from two's."""
+    path = tmp_path_factory.mktemp("ranks")
+    torch.save(straight(path, fresh(), 1)._asdict(), path / "1.pt")
+    multiprocessing.spawn(_process, (str(path),), nprocs=4)
+    return path
+
+
+def found(folder: Path, world: int) -> dict[str, Any]:
+    return torch.load(folder / f"{world}.pt", weights_only=True)  # type: ignore[no-any-return]
+
+
+def near(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """AdamW's moves are a thousandth each; these differ by roundings."""
+    return torch.allclose(one, other, rtol=0, atol=5e-5)
+
+
+# ---- the same numbers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_losses_entropies_and_parameters_are_those_of_one_rank(folder: Path, world: int) -> None:
+    one, many = found(folder, 1), found(folder, world)
+    assert many["losses"] == pytest.approx(one["losses"], rel=1e-4, abs=1e-6)
+    assert many["mean_entropies"] == pytest.approx(one["mean_entropies"], rel=1e-3, abs=1e-6)
+    assert near(many["weights"], one["weights"])
+
+
+@pytest.mark.parametrize(("wrote", "read"), [(1, 2), (2, 4)])
+def test_a_checkpoint_goes_on_on_more_ranks(folder: Path, wrote: int, read: int) -> None:
+    assert near(found(folder, read)["resumed"], found(folder, 1)["weights"])
+
+
+@pytest.mark.parametrize("wrote", [2, 4])
+def test_a_checkpoint_goes_on_on_fewer_ranks(folder: Path, wrote: int) -> None:
+    assert near(resumed(folder, fresh(), wrote), found(folder, 1)["weights"])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_half_precision_and_recomputed_layers_come_near_one_rank(folder: Path, world: int) -> None:
+    state, before = fresh(HALF), weights(fresh())
+    train_step(state, batch(0), HALF)
+    moved, alone = found(folder, world)["bf16"] - before, weights(state) - before
+    agree = (moved * alone).sum() / (moved.norm() * alone.norm())
+    assert agree > 0.97, "AdamW's first move is nearly the gradient's sign: roundings show"
+
+
+def test_recomputing_layers_changes_no_bit_on_one_rank() -> None:
+    plain, recomputed = (
+        settings(),
+        msgspec.structs.replace(settings(), ranks=RanksConfig(recompute=True)),
+    )
+    states = fresh(plain), fresh(recomputed)
+    for state, config in zip(states, (plain, recomputed), strict=True):
+        train_step(state, batch(0), config)
+    assert torch.equal(weights(states[0]), weights(states[1]))
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+
+def test_every_rank_writes_its_slices_and_nothing_is_pickled(folder: Path) -> None:
+    names = {path.name for path in (folder / "step-2").iterdir()}
+    slices = {
+        f"{kind}-0000{rank}.safetensors" for kind in ("weights", "optimizer") for rank in "01"
+    }
+    assert names == slices | {"index.json", "manifest.json", "state.json", "fold.msgpack"}
+    of_one = read_safetensors(folder / "step-1" / "weights.safetensors")
+    for world in (2, 4):
+        for whole, again in zip(of_one, read_weights(folder / f"step-{world}"), strict=True):
+            assert (whole.name, whole.shape) == (again.name, again.shape)
+    assert digest(read_weights(folder / "step-1")) == digest(of_one)
+
+
+@pytest.mark.parametrize("name", ["weights-00001.safetensors", "index.json"])
+@pytest.mark.parametrize("damage", ["flip", "gone"])
+def test_a_damaged_or_missing_slice_is_named_and_nothing_is_loaded(
+    folder: Path, tmp_path: Path, name: str, damage: str
+) -> None:
+    copy = Path(shutil.copytree(folder / "step-2", tmp_path / "step-2"))
+    data = bytearray((copy / name).read_bytes())
+    (copy / name).unlink()
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        (copy / name).write_bytes(data)
+    state = fresh()
+    before = weights(state)
+    with pytest.raises(JournalError, match=r"safetensors|index"):
+        checkpoint.load(copy, state)
+    assert torch.equal(weights(state), before)
+
+
+def test_the_random_state_of_torch_is_in_a_checkpoint_of_many_ranks(folder: Path) -> None:
+    checkpoint.load(folder / "step-2", fresh())
+    drawn = torch.rand(3)
+    torch.manual_seed(2)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+# ---- torchrun -----------------------------------------------------------------------------------
+
+
+def test_a_lost_rank_ends_all_and_the_run_goes_on_exactly(
+    tmp_path: Path, redis_url: str, free_port: int, processes: Start
+) -> None:
+    folder, log = tmp_path / "run", tmp_path / "log"
+    where = {"run.redis": redis_url, "run.learner": f"tcp://127.0.0.1:{free_port}"}
+    processes(
+        *("-m", "actor", "scripted", "--name", "bob", "--learner", where["run.learner"]),
+        *("--redis", redis_url),
+        stderr=subprocess.DEVNULL,
+    )
+    with log.open("w") as out:
+        first = processes(*torchrun(folder, where, steps=1000), stderr=out)
+    wait_for_step(folder, 4, log)
+    follower = re.search(r"rank 1 of 2, pid (\d+)", log.read_text())
+    assert follower is not None
+    os.kill(int(follower[1]), signal.SIGKILL)
+    assert first.wait(40) != 0
+    assert "another rank of the learner is lost" in log.read_text()
+    last = read_steps(folder)
+    with log.open("w") as out:
+        second = processes(*torchrun(folder, where, "--resume", steps=last + 2), stderr=out)
+    assert second.wait(100) == 0, log.read_text()[-2000:]
+    assert re.search(r"recomputed \d+ steps from the journal, exact", log.read_text())
+    assert runs.promises_kept(folder)
+    assert len(read_weights(folder / "checkpoints" / f"step-{last + 2:08d}")) > 0
+
+
+def torchrun(folder: Path, where: dict[str, str], *options: str, steps: int) -> list[str]:
+    small = {"learner.steps": str(steps), "learner.groups_per_step": "4"}
+    small |= {"learner.checkpoint_every": "3"}
+    small |= {"learner.eval.first": "false", "learner.eval.last": "false"}
+    chosen = [part for k, v in {**where, **small}.items() for part in ("-s", f"{k}={v}")]
+    command = ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*command, "-m", "learner", "scripted", "--run-folder", str(folder), *options, *chosen]
+
+
+def read_steps(folder: Path) -> int:
+    """Steps that the journal has."""
+    records = journal.read(RunFolder.open(folder).journal)
+    return sum(isinstance(record, Step) for _, record in records)
+
+
+def wait_for_step(folder: Path, step: int, log: Path, within_s: float = 120.0) -> None:
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        status = read_status(folder) if folder.exists() else None
+        if status is not None and status.step >= step:
+            return
+        time.sleep(0.05)  # a file that another process replaces: nothing to await
+    raise AssertionError(f"no step {step} within {within_s} s: {log.read_text()[-2000:]}")
