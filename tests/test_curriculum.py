@@ -231,7 +231,7 @@ def test_the_shares_of_a_mixture_are_kept_and_each_source_has_its_own_statistics
 
 def test_a_column_that_is_no_difficulty_is_named() -> None:
     run = Run(Rows(3, difficulty=["easy", 101, 2]), rule="target", difficulty="hard")
-    with pytest.raises(DataError, match="column 'hard' is .*; learner.prompts.curriculum"):
+    with pytest.raises(DataError, match=r"column 'hard' is .*; learner\.prompts\.curriculum"):
         run.issue()
 
 
