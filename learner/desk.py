@@ -20,9 +20,8 @@ import heapq
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -51,6 +50,7 @@ from common.wire import (
 )
 from learner.bell import Bell
 from learner.config import LearnerConfig
+from learner.errands import Errands
 from learner.inbox import Selection, select
 from learner.issuer import Issuer
 from learner.leases import Leases, Peer
@@ -121,12 +121,10 @@ class Desk:
         self._socket = socket
         self._quarantined: set[str] = set()
         self._limits = Limits()
-        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._looks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._waits: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._issuing = True
         self._last_turn = self._last_pulse = self._last_drained = time.monotonic()
         self._bell = Bell()
+        self._errands = Errands(self._bell.ring, lambda: self._thread.is_alive())
         self._outbox = Outbox(
             socket,
             journal,
@@ -136,7 +134,6 @@ class Desk:
             wake=self._bell.ring,
         )
         self._stop = threading.Event()
-        self._death: BaseException | None = None
         # Modules and model stay. Groups come by thousands: whenever they made the garbage collector
         # look at everything, it would look at all of that again, in whatever thread it struck.
         gc.freeze()
@@ -152,28 +149,17 @@ class Desk:
 
     def call(self, function: Callable[[], T]) -> T:
         """Run `function` between two turns; its value once everything it journaled is durable."""
-        future = self._post(self._calls, function)
-        while not _done(future, 1.0):
-            self._check_alive()
-        return future.result()
+        return self._errands.call(function)
 
     def look(self, function: Callable[[], T]) -> T:
         """Run `function`, which only reads, between two turns; also while the disk is full."""
-        future = self._post(self._looks, function)
-        while not _done(future, 1.0):
-            self._check_alive()
-        return future.result()
+        return self._errands.look(function)
 
     def wait(self, condition: Callable[[], T | None], idle: Callable[[], bool]) -> T | None:
         """The first value of `condition` that is not None. `idle` runs twice a second; when it is
         True, give up.
         """
-        future = self._post(self._waits, condition)
-        while not _done(future, 0.5):
-            self._check_alive()
-            if idle() and future.cancel():
-                return None
-        return future.result()
+        return self._errands.wait(condition, idle)
 
     def take(self, idle: Callable[[], bool]) -> Selection | None:
         """The next batch, or None when `idle` said so."""
@@ -237,17 +223,6 @@ class Desk:
         self._socket.close(linger=0)
         self._bell.close()
 
-    def _post(self, queue: Any, function: Callable[[], T]) -> Future[T]:
-        future: Future[T] = Future()
-        queue.append((function, future))
-        self._bell.ring()
-        return future
-
-    def _check_alive(self) -> None:
-        if self._death is not None:
-            raise self._death
-        assert self._thread.is_alive(), "the desk's thread ended without a word"
-
     # ---- the desk's thread -----------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -256,11 +231,8 @@ class Desk:
                 self._turn()
             self._outbox.close()
         except BaseException as error:
-            self._death = error
             self._outbox.abandon(error)
-            for _, future in [*self._calls, *self._looks, *self._waits]:
-                if future.set_running_or_notify_cancel():
-                    future.set_exception(error)
+            self._errands.abandon(error)
             if not isinstance(error, Exception):
                 raise
 
@@ -275,13 +247,13 @@ class Desk:
         drained = not self.blocked and self._receive(now)
         if drained or self.blocked or gap > STOOD_STILL_S:
             self._last_drained = now
-        self._run_calls()
+        self._errands.run(self._outbox.resolve, lambda: self.blocked)
         flooded = now - self._last_drained > STOOD_STILL_S  # then it is never emptied
         if (drained or flooded) and gap <= STOOD_STILL_S:
             for id_ in self._leases.overdue(now):
                 self._give_back(id_, "infra", "the lease expired")
         self._issue(now)
-        self._answer_waits()
+        self._errands.answer(self._outbox.resolve)
         self._outbox.turn()
         self._pulse(now)
 
@@ -500,26 +472,6 @@ class Desk:
     def _write(self, record: AnyRecord, group: Group | None = None) -> None:
         self.ledger.apply(record, self._outbox.append(record), group)
 
-    def _run_calls(self) -> None:
-        while self._looks:
-            function, future = self._looks.popleft()
-            future.set_result(function())
-        while self._calls and not self.blocked:
-            function, future = self._calls.popleft()
-            try:
-                self._outbox.resolve(future, function())
-            except Exception as error:  # noqa: BLE001 - it belongs to the caller, who raises it
-                future.set_exception(error)
-
-    def _answer_waits(self) -> None:
-        for _ in range(len(self._waits)):  # the same deque throughout: others append meanwhile
-            condition, future = self._waits.popleft()
-            value = None if future.cancelled() else condition()
-            if value is not None:
-                self._outbox.resolve(future, value)
-            elif not future.cancelled():
-                self._waits.append((condition, future))
-
     def _send(self, peer: Peer, message: wire.Message) -> None:
         self._outbox.send(peer, message)
 
@@ -535,11 +487,3 @@ class Desk:
         pulse = Pulse(version=self.version, **self._identity)
         for peer in [peer for peer in self.actors if not self._outbox.deliver(peer, pulse)]:
             self._forget(peer, "infra")
-
-
-def _done(future: Future[Any], timeout_s: float) -> bool:
-    try:
-        future.exception(timeout_s)
-    except TimeoutError:
-        return False
-    return True
