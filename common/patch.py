@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import zstandard
@@ -27,12 +27,18 @@ from common.versions import Tensor
 ITEM_BYTES = 2  # of the dtypes that can be patched
 _HEAD = struct.Struct("<QIII")
 _GAP, _VALUE = np.dtype("<u4"), np.dtype("<u2")
-_SLICE = 1 << 20  # elements compared at once: they stay in the processor's cache
-_FRAME = 1 << 20  # changes of a frame, about
-_SPAN = 1 << 31  # elements that a frame may reach over: a gap fits into its type
 _LEVEL = 1  # of zstd: higher ones take longer for hardly less
 
 Changes = tuple[np.ndarray, np.ndarray]  # elements (int64, rising), new values (uint16)
+
+
+class Sizes(NamedTuple):
+    slice: int = 1 << 20  # elements compared at once: they stay in the processor's cache
+    frame: int = 1 << 20  # changes of a frame, about
+    span: int = 1 << 31  # elements that a frame may reach over: a gap fits into its type
+
+
+USUAL = Sizes()
 
 
 def fits(tensors: Sequence[Tensor]) -> bool:
@@ -41,7 +47,11 @@ def fits(tensors: Sequence[Tensor]) -> bool:
 
 
 def make(
-    base: Sequence[Tensor], result: Sequence[Tensor], firsts: Sequence[int], most: int
+    base: Sequence[Tensor],
+    result: Sequence[Tensor],
+    firsts: Sequence[int],
+    most: int,
+    sizes: Sizes = USUAL,
 ) -> list[bytes] | None:
     """The frames that turn `base` into `result`, tensors of the same names, dtypes and shapes.
 
@@ -49,7 +59,7 @@ def make(
     than `most` bytes.
     """
     frames: list[bytes] = []
-    for changes in _gather(_changes(base, result, firsts)):
+    for changes in _gather(_changes(base, result, firsts, sizes.slice), sizes):
         frames.append(_encode(*changes))
         if (most := most - len(frames[-1])) < 0:
             return None
@@ -73,26 +83,26 @@ def apply(patch: memoryview, onto: np.ndarray) -> int:
 
 
 def _changes(
-    base: Sequence[Tensor], result: Sequence[Tensor], firsts: Sequence[int]
+    base: Sequence[Tensor], result: Sequence[Tensor], firsts: Sequence[int], size: int
 ) -> Iterator[Changes]:
     for old, new, first in zip(base, result, firsts, strict=True):
         before, after = np.frombuffer(old.data, _VALUE), np.frombuffer(new.data, _VALUE)
-        for at in range(0, after.size, _SLICE):
-            part = after[at : at + _SLICE]
-            where = np.flatnonzero(before[at : at + _SLICE] != part)
+        for at in range(0, after.size, size):
+            part = after[at : at + size]
+            where = np.flatnonzero(before[at : at + size] != part)
             if where.size:
                 yield where + (first + at), part[where]
 
 
-def _gather(changes: Iterator[Changes]) -> Iterator[Changes]:
+def _gather(changes: Iterator[Changes], sizes: Sizes) -> Iterator[Changes]:
     """The same changes in larger pieces."""
     held: list[Changes] = []
     for elements, values in changes:
-        if held and elements[-1] - held[0][0][0] >= _SPAN:
+        if held and elements[-1] - held[0][0][0] >= sizes.span:
             yield _joined(held)
             held = []
         held.append((elements, values))
-        if sum(e.size for e, _ in held) >= _FRAME:
+        if sum(e.size for e, _ in held) >= sizes.frame:
             yield _joined(held)
             held = []
     if held:

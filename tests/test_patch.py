@@ -95,15 +95,12 @@ def test_a_patch_that_is_cut_is_refused(cut: int) -> None:
         patch.apply(frames[:cut], np.zeros(500, np.uint16))
 
 
-def test_changes_far_apart_and_many_are_several_frames(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sizes of real ones would be gigabytes: the limits are smaller here."""
-    monkeypatch.setattr(patch, "_SPAN", 1000)
-    monkeypatch.setattr(patch, "_FRAME", 40)
-    monkeypatch.setattr(patch, "_SLICE", 64)
+def test_changes_far_apart_and_many_are_several_frames() -> None:
+    sizes = patch.Sizes(slice=64, frame=40, span=1000)
     rng = np.random.default_rng(0)
     old = rng.integers(0, 2**16, 20_000, np.uint16)
     new = np.where(rng.random(20_000) < 0.01, old + 1, old)
-    frames = patch.make([bf16("w", old)], [bf16("w", new)], [0], 1 << 20)
+    frames = patch.make([bf16("w", old)], [bf16("w", new)], [0], 1 << 20, sizes)
     assert frames is not None
     assert len(frames) > 10
     made = old.copy()
