@@ -80,7 +80,7 @@ class Latest:
 
     def words(self) -> str:
         """What is wrong, if anything is."""
-        if self._wrong:
+        if self._wrong or not (self._others or self._heldout):
             return self._wrong
         return "" if self._decoder() is not None else "no tokenizer.json here: token ids are shown"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,8 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-CHUNK_BYTES = 1 << 22
+CHUNK_BYTES = 1 << 20
+LOOK_S = 0.5  # a look at a long file ends then, and the next one goes on
 MOST_POINTS = 500  # of one curve
 MOST_BARS = 80
 TARGET = "methods/isentropic/target"
@@ -54,20 +56,25 @@ class Series:
         self.steps: array[int] = array("q")  # rising
         self.columns: dict[str, array[float]] = {}
 
-    def refresh(self) -> None:
-        """Read what was written since. Raises OSError when the file is there and unreadable."""
+    def refresh(self) -> float:
+        """Read what was written since, or for `LOOK_S`; the share of the file that is read, 0…1.
+
+        Raises OSError when the file is there and unreadable.
+        """
+        deadline = time.monotonic() + LOOK_S
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
-            return
+            return 1.0
         with file:
             found = _stat(file.fileno())
             if (found.identity != self._identity) or found.size < self._at:
                 self._forget(found.identity)
             file.seek(self._at)
-            while chunk := file.read(CHUNK_BYTES):
+            while time.monotonic() < deadline and (chunk := file.read(CHUNK_BYTES)):
                 self._at += len(chunk)
                 self._take(self._rest + chunk)
+        return min(1.0, self._at / found.size) if found.size else 1.0
 
     def _take(self, data: bytes) -> None:
         *whole, self._rest = data.split(b"\n")

@@ -96,11 +96,13 @@ class Watch:
         return found, notes
 
     def _refresh_series(self) -> str:
+        if self.folder is None:
+            return "no run folder here: curves are read where it is"
         try:
-            self._series.refresh()
+            share = self._series.refresh()
         except OSError as error:
             return f"{self._series.path}: {error.strerror}"
-        return "" if self.folder is not None else "no run folder here: curves are read where it is"
+        return "" if share == 1.0 else f"{self._series.path.name} is being read: {share:.0%}"
 
     def _actors(self, now: Status | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Those that the learner knows, then those that only Redis does; and how Redis is."""

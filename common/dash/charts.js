@@ -122,7 +122,7 @@ function shape(f, curve) {
 }
 
 function nothing(plot, words) {
-  plot.replaceChildren(make("div", { class: "none" }, words || "nothing yet"));
+  plot.replaceChildren(make("div", { class: "none" }, words || "no step has ended yet"));
   plot.onpointermove = plot.onpointerleave = null;
 }
 

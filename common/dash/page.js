@@ -8,7 +8,6 @@ const byId = (id) => document.getElementById(id);
 const words = (name) => name.replaceAll("_", " ");
 const cards = {};
 let seen = {}; // the newest answer of each resource
-let fates = { step: [] };
 
 function card(name, title, about) {
   const legend = make("div", { class: "legend" }), plot = make("div", { class: "plot", id: "plot-" + name });
@@ -50,6 +49,7 @@ function showStatus(now) {
     const total = now.lag_histogram.reduce((sum, [, n]) => sum + n, 0) || 1;
     bars(cards.lag, now.lag_histogram.map(([lag, n]) => ["lag " + lag, n / total, percent(n / total)]), "blue", now.max_lag);
   }
+  else bars(cards.lag, [], "blue");
   showTickets(now.groups || {}, now.conserved);
   showActors(now.actors);
 }
@@ -132,7 +132,8 @@ function showSeries(series) {
     curve("actor_idle", "actors have nothing to decode", "orange", "smooth", percent)], { from: 0, to: 1, empty });
   lines(cards.speed, [curve("sampled_tokens_per_s", "sampled, all actors", "orange", "smooth"), curve("tokens_per_s", "trained on", "blue", "smooth")], { from: 0, empty });
   lines(cards.length, [curve("length", "training", "green", "line"), curve("heldout_length", "held-out", "orange", "dots")], { from: 0, empty });
-  fates = series.fates;
+  byId("curve-note").textContent = empty === series.note ? series.note : "";
+  const fates = series.fates;
   const names = Object.keys(fates).filter((name) => name !== "step");
   stacks(cards.fates, fates.step, names.map((name) => ({ name: name === "groups" ? "trained" : words(name), colour: FATES[name] || "purple", y: fates[name] })));
 }
