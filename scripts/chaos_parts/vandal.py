@@ -76,9 +76,9 @@ def message(endpoint: str, seed: int, keys: str) -> int:
     rng, codec = random.Random(seed), Codec(FromActor)
     with zmq.Context() as context:
         dealer = channel.connect_dealer(context, endpoint, key_files.read(keys))
-        frames = [bytes(codec.encode(each)) for each in _messages(rng)]
+        frames = [bytes(codec.encode(each)) for each in messages(rng)]
         for _ in range(FRAMES):
-            dealer.send(_damaged(rng, rng.choice(frames)))
+            dealer.send(damaged(rng, rng.choice(frames)))
         until = time.monotonic() + LISTEN_S
         while (left := until - time.monotonic()) > 0 and dealer.poll(int(1000 * left)):
             dealer.recv()
@@ -92,7 +92,7 @@ def _client(url: str) -> Any:
     return SoftState(url, "any", timeout_s=5).client
 
 
-def _messages(rng: random.Random) -> list[Any]:
+def messages(rng: random.Random) -> list[Any]:
     """Messages as an actor sends them, of no life of this run."""
     import numpy as np
 
@@ -122,7 +122,7 @@ def _messages(rng: random.Random) -> list[Any]:
     ]
 
 
-def _damaged(rng: random.Random, frame: bytes) -> bytes:
+def damaged(rng: random.Random, frame: bytes) -> bytes:
     way = rng.randrange(4)
     if way == 0:
         return frame[: rng.randrange(len(frame))]
