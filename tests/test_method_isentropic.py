@@ -20,7 +20,7 @@ from learner.methods.adaptive_entropy import AdaptiveEntropy
 from learner.methods.base import Governed, State
 from learner.methods.calibrate import REACH, Gain
 from learner.methods.isentropic import Isentropic
-from learner.methods.prefixes import entropy_ahead, prefixes
+from learner.methods.prefixes import entropy_ahead, lost, prefixes
 from learner.methods.steer import Steer
 from learner.model import Policy
 from learner.state import state_of
@@ -48,7 +48,11 @@ def answer(method: Isentropic, table: Table, state: State | None = None) -> Gove
 def changes(table: Table) -> Tensor:
     """What each token does to the entropy: in its own place, and by where its choice leads."""
     own = slopes(table) * (table.S - table.N)
-    led = -slopes(table) * table.logp.exp() * entropy_ahead(table).to(table.logp.dtype)
+    led = (
+        -slopes(table)
+        * table.logp.exp()
+        * entropy_ahead(table, prefixes(table)).to(table.logp.dtype)
+    )
     return (own + led).masked_fill(~table.main, 0.0)
 
 
@@ -61,7 +65,8 @@ def own_changes(table: Table) -> Tensor:
 
 
 def holding(target: float, **knobs: Any) -> Isentropic:
-    return Isentropic(target=target, unit="nats", **knobs)
+    """Without a spread, unless told otherwise."""
+    return Isentropic(target=target, unit="nats", **{"spread": 0.0, **knobs})
 
 
 def entropy(table: Table) -> float:
@@ -160,7 +165,7 @@ def test_a_choice_is_worth_the_entropy_that_follows_above_the_mean_and_the_other
     t = four_answers()
     h = float(t.H.mean())
     led = torch.tensor([0 - 2 * h, 2 - 2 * h, 4 - 3 * h, 0.0]).double()  # of the first tokens
-    ahead = entropy_ahead(t)
+    ahead = entropy_ahead(t, prefixes(t))
     assert torch.allclose(ahead[[0, 3, 6, 10]], led - led.mean())
     led = torch.tensor([-h, 2 - h, 4 - 2 * h]).double()  # of the second ones
     assert torch.allclose(ahead[[1, 4, 7]], led - led.mean())
@@ -179,7 +184,7 @@ def test_what_follows_is_the_derivative_of_the_mean_entropy_by_a_choice() -> Non
         return (each * t.H.double()).sum() / each.sum()
 
     moved = (mean_entropy(share) - mean_entropy(torch.ones(4).double())) / tiny
-    whole = entropy_ahead(t)[0] / len(t.H)
+    whole = entropy_ahead(t, prefixes(t))[0] / len(t.H)
     assert float(moved) == pytest.approx(float(whole), abs=1e-5)
 
 
@@ -190,8 +195,51 @@ def test_a_price_favours_the_choices_that_lead_to_more_entropy() -> None:
     assert found.weight is not None
     assert found.bonus == 0
     change = ((found.weight - 1) * t.advantage)[[0, 3, 6, 10]]  # of the advantage
-    assert (change.sign() == entropy_ahead(t)[[0, 3, 6, 10]].sign()).all()
+    assert (change.sign() == entropy_ahead(t, prefixes(t))[[0, 3, 6, 10]].sign()).all()
     assert (found.weight[[2, 5, 8, 9]] == 1).all()
+
+
+# ---- what is spread where there is nothing to lose ----------------------------------------------
+
+
+def two_answers() -> Table:
+    """One group: the second answer leaves the first, which is right, at its second token."""
+    flat = [(0, 0, 1), (0, 1, 2), (0, 2, 3), (1, 0, 1), (1, 1, 9), (1, 2, 4), (1, 3, 4)]
+    row, position, token = (torch.tensor(column) for column in zip(*flat, strict=True))
+    columns: dict[str, Any] = {"row": row, "rollout": row, "position": position, "token": token}
+    H = torch.tensor([0.3, 0.2, 0.1, 0.3, 0.2, 1, 1])
+    return make_table(-H, [1, 1, 1, -1, -1, -1, -1], H=H, group=0, ticket=0, **columns)
+
+
+def test_tokens_are_lost_once_no_answer_that_came_this_far_is_right() -> None:
+    t = two_answers()
+    assert lost(t, prefixes(t)).tolist() == [False] * 5 + [True] * 2
+    masked = replace(t, mask=torch.arange(7) != 5)
+    assert lost(masked, prefixes(masked)).tolist() == [False] * 6 + [True]
+
+
+def test_entropy_moves_from_right_answers_to_lost_tokens() -> None:
+    t, knobs = two_answers(), {"price_max": 0.0, "lambda_max": 0.0, "bonus_max": 0.0}
+    found = answer(holding(1.0, spread=1.0, sharpen=0.3, **knobs), t)
+    assert found.bonus == 1.0
+    assert found.where is not None
+    each = 0.05 * 7 / 2  # two tokens of seven get together what one in twenty would
+    assert found.where.tolist() == pytest.approx([-0.3] * 3 + [0.0, 0.0] + [each] * 2)
+    square = t.logp.exp() * (t.H + t.logp).square()
+    assert found.numbers["push"] == pytest.approx(float((found.where * square).mean()), rel=1e-5)
+    alone = replace(t, advantage=t.advantage.abs())  # nothing is lost: nothing is taken
+    found = answer(holding(1.0, spread=1.0, **knobs), alone)
+    assert found.where is not None
+    assert not found.where.any()
+
+
+def test_the_spread_is_taken_back_where_the_entropy_heads_above_the_target() -> None:
+    t = two_answers()
+    few = 0.05 * 7 / 2
+    for error, spread in ((0.5, few), (0.0, few), (-0.2, 0.4 * few), (-0.9, -few)):
+        share = 1 / (1 - error)  # error = (target - H) / target
+        found = answer(holding(share * entropy(t), spread=1.0), t)
+        assert found.numbers["spread"] == pytest.approx(spread, rel=1e-4), error
 
 
 # ---- the three modes ---------------------------------------------------------------------------
@@ -220,7 +268,7 @@ def test_a_ceiling_is_grpo_below_it_and_never_raises_the_entropy() -> None:
 
 def facts(error: float = 0.0, target: float = 1.0, **own: float) -> dict[str, float]:
     numbers = {"target": target, "error": error, "up": 1.0, "down": 1.0, "lambda": 0.1}
-    numbers |= {"push": 0.0, "saturated": 0.0, "active": 1.0, **own}
+    numbers |= {"push": 0.0, "price": 0.0, "saturated": 0.0, "active": 1.0, **own}
     return {f"methods/isentropic/{k}": v for k, v in numbers.items()} | {
         "entropy": target - error,
         "entropy_predicted": 0.0,
@@ -307,7 +355,7 @@ def test_the_gain_stays_positive_and_moves_only_when_predictions_vary() -> None:
 
 def test_without_weights_and_bonus_it_is_the_empty_list_bit_for_bit() -> None:
     plain = bits(train([], realised_every=1)[0])
-    off = Isentropic(price_max=0.0, lambda_max=0.0, bonus_max=0.0)
+    off = Isentropic(spread=0.0, price_max=0.0, lambda_max=0.0, bonus_max=0.0)
     assert off.neutral
     assert bits(train([off], realised_every=1)[0]) == plain
     high = holding(1e-6)  # far below: a floor that has nothing to do

@@ -32,20 +32,27 @@ def prefixes(table: Table) -> Tensor:
     return numbers
 
 
-def entropy_ahead(table: Table) -> Tensor:
+def lost(table: Table, at: Tensor) -> Tensor:
+    """bool [T]: main tokens after which, and before which, no answer of the group went well: all
+    that pass through their prefix (`at`, from `prefixes`) have no advantage.
+    """
+    good = (table.advantage > 0) & table.main
+    return table.main & (torch.bincount(at, good.double())[at] == 0)
+
+
+def entropy_ahead(table: Table, at: Tensor) -> Tensor:
     """float64 [T]: what came after a choice, in nats, against what came after others there.
 
     With h the mean entropy of the main tokens, the sum of H - h over the main tokens that follow
     in the rollout, less its mean over the rollouts of the group at the same prefix. So it is 0
     where a rollout is alone, and the derivative of h by the log-probability of a choice is this,
-    times how often it is made, over the number of tokens.
+    times how often it is made, over the number of tokens. `at`: their `prefixes`.
     """
     if not int(table.main.sum()):
         return torch.zeros_like(table.H, dtype=torch.float64)
     H = table.H.double()
     excess = (H - H[table.main].mean()).masked_fill(~table.main, 0.0)
     ahead = _after(excess, table.row)
-    at = prefixes(table)
     visits = torch.bincount(at).double()
     mean = torch.zeros_like(visits).scatter_add(0, at, ahead) / visits
     return (ahead - mean[at]).masked_fill(~table.main, 0.0)
