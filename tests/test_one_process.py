@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
@@ -30,17 +31,28 @@ from tests.builders import make_group, make_rollout, make_ticket
 SCRIPT = Path(__file__).parents[1] / "scripts" / "one_process"
 
 
-@pytest.fixture(scope="module")
-def page() -> Any:
-    """scripts/one_process as a module."""
-    loader = SourceFileLoader("one_process", str(SCRIPT))
-    spec = importlib.util.spec_from_loader("one_process", loader)
+def loaded(path: Path) -> Iterator[Any]:
+    """A script as a module."""
+    name = path.stem
+    loader = SourceFileLoader(name, str(path))
+    spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["one_process"] = module  # a NamedTuple looks its module up
+    sys.modules[name] = module  # a NamedTuple looks its module up
     loader.exec_module(module)
     yield module
-    del sys.modules["one_process"]
+    del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Any]:
+    yield from loaded(SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def system() -> Iterator[Any]:
+    """What --recipe and -s take the place of the page's step with."""
+    yield from loaded(SCRIPT.parent / "_system.py")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +81,7 @@ def groups(page: Any) -> list[Any]:
 def test_two_steps_print_finite_numbers() -> None:
     options = ["--steps", "2", "--prompts", "4", "--group", "4", "--eval-every", "0", "--refill"]
     command = [sys.executable, str(SCRIPT), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     first, last = map(json.loads, done.stdout.splitlines())
     assert first.keys() >= {"step", "reward", "entropy", "length", "tokens", "seconds"}
     assert last["step"] == 2
@@ -104,6 +116,23 @@ def test_one_page_and_the_system_make_the_same_gradient_of_the_same_answers(
         assert weight.grad is not None
         system = before[name] - state.masters[name]
         assert torch.allclose(system, weight.grad, rtol=1e-3, atol=1e-6), name
+
+
+def test_the_learners_own_step_takes_a_recipes_methods_and_tells_how_the_entropy_was_held(
+    system: Any, groups: list[Any]
+) -> None:
+    method = '{type="isentropic", target=0.5, mode="hold"}'
+    taken = system.System("tiny", (f"learner.methods=[{method}]",), seed=0)
+    first = taken.weights(0)
+    numbers = [taken.step(number, groups[:2], lag=2) for number in range(2)]
+    assert numbers[0]["methods/isentropic/target"] == pytest.approx(
+        0.5 * numbers[0]["trained_entropy"]
+    )
+    held = taken.held()
+    assert held["held"] == numbers[1]["trained_entropy"]
+    assert held["miss"] == pytest.approx(abs(held["held"] / (0.5 * held["start"]) - 1))
+    moved = [a.data != b.data for a, b in zip(first.tensors, taken.weights(2).tensors, strict=True)]
+    assert any(moved)
 
 
 def as_item(number: int, group: list[Any]) -> Item:
