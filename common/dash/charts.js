@@ -24,6 +24,7 @@ function draw(tag, attributes, text) {
 function short(value, digits = 3) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   const size = Math.abs(value);
+  if (size === 0) return "0";
   if (size >= 1e6) return (value / 1e6).toFixed(1) + " M";
   if (size >= 1e4) return (value / 1e3).toFixed(1) + " k";
   if (size >= 100) return Math.round(value).toLocaleString("en");

@@ -2,7 +2,7 @@
 
 const EVERY_MS = { status: 1000, series: 1500, rollouts: 4000 };
 const FATES = { groups: "green", trained: "green", evaluated: "green", scored: "green", zero_variance: "grey", stale: "red",
-  truncated: "orange", invalid: "red", verifier_error: "orange", failed: "red", surplus: "purple", buffered: "blue", in_flight: "blue" };
+  truncated: "orange", invalid: "red", verifier_error: "orange", failed: "red", surplus: "orange", buffered: "blue", in_flight: "purple" };
 const LIVE = ["evaluating", "waiting", "training", "publishing"];
 const byId = (id) => document.getElementById(id);
 const words = (name) => name.replaceAll("_", " ");
@@ -42,7 +42,7 @@ function showStatus(now) {
   pill.className = "pill " + (silent ? "wrong" : now.phase === "done" ? "done" : LIVE.includes(now.phase) ? "live" : "");
   const share = now.steps ? now.step / now.steps : 0;
   byId("progress").firstElementChild.style.width = 100 * share + "%";
-  byId("clock").textContent = now.phase ? `step ${now.step} of ${now.steps} · ${time(now.seconds)}${now.phase === "done" ? "" : `, ${time(now.eta_s)} to go`}` : "";
+  byId("clock").textContent = now.phase ? `step ${now.step} of ${now.steps} · ${time(now.seconds)}${now.phase === "done" || now.eta_s === null ? "" : `, ${time(now.eta_s)} to go`}` : "";
   showNotes(now);
   if (now.phase) {
     showTiles(now);
@@ -68,7 +68,7 @@ function showTiles(now) {
   const target = last("methods/isentropic/target");
   const tiles = [
     ["reward", short(now.reward), ""],
-    ["held-out", point ? short(point.accuracy) : "–", point ? (point.done < point.of ? `first ${point.done} of ${point.of}` : `at step ${point.step}`) : ""],
+    ["held-out", point ? short(point.accuracy) : "–", point ? (point.done < point.of ? `${point.done}/${point.of}` : `at step ${point.step}`) : ""],
     ["entropy", short(now.entropy), target === null ? "" : `target ${short(target)}`],
     ["version", `v${now.version}`, `lag ≤ ${now.max_lag}`],
     ["effective sample", percent(last("ess_share")), ""],
