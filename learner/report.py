@@ -209,6 +209,7 @@ class Report:
                     "issued": s.issued,
                     "trained": s.trained,
                     "evaluated": s.evaluated,
+                    **({"scored": s.scored} if s.scored else {}),
                     **s.dropped,
                     "buffered": s.buffered,
                     "in_flight": s.in_flight,

@@ -1,0 +1,75 @@
+"""Synthesis in a whole run: stopped, gone on with, trained again from the journal to the bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from common.audit import audit
+from common.journal import read
+from common.metrics import read as read_metrics
+from common.proposals import Proposals
+from common.records import Ready, Step
+from common.synth_cli import synth
+from tests import runs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "made"
+    quiet = {"learner__eval__first": "false", "learner__eval__last": "false"}
+    wide = {"learner__synthesis__parents": "[0.1, 0.9]", "learner__synthesis__accept": "[0.1, 0.9]"}
+    small = {"learner__steps": "5", "learner__synthesis__rollouts": "4"}
+    runs.run(folder, recipe="synthesis", **quiet, **wide, **small)
+    runs.run(folder, resume=True, learner__steps="8")
+    return folder
+
+
+def test_a_run_with_synthesis_keeps_every_promise_and_trains_its_proposer(finished: Path) -> None:
+    assert runs.promises_kept(finished)
+    records = [record for _, record in read(finished / "journal")]
+    ready = {record.ticket for record in records if isinstance(record, Ready)}
+    trained = {id_ for r in records if isinstance(r, Step) for id_ in r.consumed}
+    assert ready & trained
+    sums = audit(finished).sums
+    assert sums["score"].scored
+    assert sums["propose"].trained == len(ready & trained)
+    last = read_metrics(finished)[-1]
+    assert last["synthesis_proposals"] > 0
+    assert last["synthesis_label_error"] == 0.0
+
+
+def test_every_label_of_a_worked_out_sum_is_right(finished: Path) -> None:
+    found = Proposals()
+    for _, record in read(finished / "journal"):
+        assert found.take(record) == []
+    labelled = [made for made in found.made.values() if made.gold]
+    assert labelled
+    for made in labelled:
+        assert sum(map(int, made.text.rstrip("?").split("+"))) == int(made.gold)
+        assert made.audit == "right"
+
+
+def test_isentrope_synth_lists_the_pool_and_every_way_with_its_reason(finished: Path) -> None:
+    said = CliRunner().invoke(synth, [str(finished), "--limit", "0"], env={"COLUMNS": "160"})
+    assert said.exit_code == 0, said.output
+    facts = json.loads(CliRunner().invoke(synth, [str(finished), "--json"]).output)
+    assert f"{facts['proposals']} proposals" in said.output
+    moves = {(move["from"], move["to"]): move["problems"] for move in facts["moves"]}
+    assert moves["proposed", "extracted"] == moves["extracted", "labelled"]
+    assert sum(facts["states"].values()) == facts["proposals"]
+    one = next(problem for problem in facts["problems"] if problem["p"] is not None)
+    assert one["text"] in said.output
+    assert one["parent"].startswith("train/")
+    few = CliRunner().invoke(synth, [str(finished), "--json", "--state", "rejected"])
+    assert {problem["state"] for problem in json.loads(few.output)["problems"]} == {"rejected"}
+
+
+def test_a_run_that_was_stopped_is_trained_again_from_its_journal_to_the_same_bits(
+    finished: Path,
+) -> None:
+    again = runs.replay(finished)
+    assert (again["steps"], again["equal"]) == (8, 8)
