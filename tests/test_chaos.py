@@ -46,12 +46,12 @@ def test_a_fault_lasts_as_its_kind_says_and_strikes_whom_its_kind_names() -> Non
         assert shortest <= fault.seconds <= longest
         whom = fault.kind.partition(" ")[2]
         assert fault.target in (ACTORS if whom in ("", "actor", "part") else [whom, *ACTORS]) or (
-            fault.kind in ("cut", "slow") and fault.target in ("learner", "redis")
+            fault.kind in ("cut", "slow", "kill rank") and fault.target in ("learner", "redis")
         )
 
 
 def test_what_cannot_be_done_here_is_not_planned() -> None:
-    kinds = [kind for kind in KINDS if kind not in ("cut", "slow", "fill")]
+    kinds = [kind for kind in KINDS if kind not in ("cut", "slow", "fill", "kill rank")]
     assert {fault.kind for fault in plan(1, 10, ACTORS, kinds)} == set(kinds)
 
 

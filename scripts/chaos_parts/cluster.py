@@ -18,7 +18,7 @@ from pathlib import Path
 from common.process import kill_session, spawn
 
 PAUSE_S = (0.3, 3.0)  # before a member is started again: at first, at most
-LEAVE_S = 20.0  # for a member that was asked to leave
+RANKS_END_S = 90.0  # for the ranks of a learner that lost one
 
 
 @dataclass
@@ -47,9 +47,22 @@ class Member:
         self.lives += 1
 
     def signal(self, number: int) -> bool:
+        """To the process alone; `signal_all` to what it started as well."""
         if self.process is None or self.process.poll() is not None:
             return False
         self.process.send_signal(number)
+        return True
+
+    def signal_all(self, number: int) -> bool:
+        """Ranks, engines and graders too, some of which have sessions of their own."""
+        if self.process is None or self.process.poll() is not None:
+            return False
+        found = [self.process.pid]
+        for pid in found:
+            found += _children(pid)
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
         return True
 
     def last_words(self) -> str:
@@ -62,18 +75,6 @@ class Member:
     def parts(self) -> list[int]:
         """Process ids of what it started itself: an engine, graders."""
         return _children(self.process.pid) if self.process is not None else []
-
-    def kill(self) -> bool:
-        """SIGKILL, and to all that it started: ranks have sessions of their own."""
-        if self.process is None or self.process.poll() is not None:
-            return False
-        found = [self.process.pid]
-        for pid in found:
-            found += _children(pid)
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        return True
 
 
 def _children(pid: int) -> list[int]:
@@ -91,6 +92,7 @@ class Cluster:
         self.violations: list[str] = []
         self.ends: Counter[str] = Counter()  # ends that were tolerated, by member
         self.restarting = True
+        self._ending = (0, 0.0)  # the life whose rank was killed, and when it has to be over
         self._tolerated = tolerated
 
     def add(self, member: Member, start_in_s: float = 0.0) -> None:
@@ -106,6 +108,11 @@ class Cluster:
         for member in self.members.values():
             if member.process is not None and member.process.poll() is not None:
                 self._ended(member)
+            if member.expected == "a rank was killed" and self._ending < (member.lives, now):
+                self.violations.append(
+                    f"{member.name} goes on {RANKS_END_S:.0f} s after a rank was killed"
+                )
+                self.kill(member.name)
             if member.due is not None and now >= member.due and self.restarting:
                 member.start()
 
@@ -113,17 +120,17 @@ class Cluster:
         """SIGKILL, to a stopped process as well."""
         member = self.members[name]
         member.expected = member.expected or "killed"
-        return member.kill()
+        return member.signal_all(signal.SIGKILL)
 
     def stop(self, name: str) -> bool:
         member = self.members[name]
-        member.stopped = member.signal(signal.SIGSTOP)
+        member.stopped = member.signal_all(signal.SIGSTOP)
         return member.stopped
 
     def go_on(self, name: str) -> None:
         member = self.members[name]
         member.stopped = False
-        member.signal(signal.SIGCONT)
+        member.signal_all(signal.SIGCONT)
 
     def leave(self, name: str) -> bool:
         member = self.members[name]
@@ -138,6 +145,15 @@ class Cluster:
         for member in self.members.values():
             member.expected = member.expected or "the end"
 
+    def kill_rank(self, name: str, choice: int) -> bool:
+        """One of its processes; the others have to end by themselves, `RANKS_END_S` at most."""
+        member = self.members[name]
+        if len(member.parts()) < 2 or member.expected:
+            return False
+        member.expected = "a rank was killed"
+        self._ending = (member.lives, time.monotonic() + RANKS_END_S)
+        return self.kill_part(name, choice)
+
     def kill_part(self, name: str, choice: int) -> bool:
         parts = self.members[name].parts()
         if not parts:
@@ -150,7 +166,7 @@ class Cluster:
         self.restarting = False
         for member in self.members.values():
             if member.process is not None:
-                member.kill()
+                member.signal_all(signal.SIGKILL)
                 kill_session(member.process)
                 member.process = None
 

@@ -42,7 +42,13 @@ class Conductor:
         self.stop = threading.Event()
         self.began = time.monotonic()
         self.stage = Stage(
-            work, chosen.name, chosen.actors, loopback=chosen.loopback, minutes=chosen.minutes
+            work,
+            chosen.name,
+            chosen.actors,
+            loopback=chosen.loopback,
+            minutes=chosen.minutes,
+            store=chosen.store,
+            ranks=chosen.ranks,
         )
         self.faults = Faults(self.stage, self.note)
 
@@ -79,6 +85,7 @@ class Conductor:
     def _kinds(self) -> list[str]:
         links = self.stage.ground.cuttable
         possible = {"cut": links, "slow": links, "fill": self.stage.disk.fillable}
+        possible["kill rank"] = self.chosen.ranks > 1
         return [kind for kind in KINDS if possible.get(kind, True)]
 
     def _calm(self) -> None:
@@ -100,7 +107,8 @@ class Conductor:
         process = learner.process
         cluster.leave("learner")
         self._until("the learner's end", END_S, lambda: not learner.up)
-        if process is not None and process.poll() != 0:
+        polite = (0,) if self.chosen.ranks == 1 else (0, 1)  # torchrun's own after SIGTERM is 1
+        if process is not None and process.poll() not in polite:
             self.violations.append(
                 f"the learner ended with exit {process.poll()}: {learner.last_words()[:300]}"
             )

@@ -60,7 +60,7 @@ class Faults:
         if self._is_ailing(act, target):
             return False
         if act == "kill":
-            done = cluster.kill_part(target, fault.seed) if whom == "part" else cluster.kill(target)
+            done = self._kill(whom, target, fault.seed)
         elif act == "leave":
             return cluster.leave(target)
         elif act == "stop":
@@ -75,6 +75,12 @@ class Faults:
         if done and fault.seconds:
             self._healing.append((time.monotonic() + fault.seconds, act, target))
         return done
+
+    def _kill(self, whom: str, target: str, choice: int) -> bool:
+        cluster = self._stage.cluster
+        if whom == "rank":
+            return cluster.kill_rank(target, choice)
+        return cluster.kill_part(target, choice) if whom == "part" else cluster.kill(target)
 
     def _is_ailing(self, act: str, target: str) -> bool:
         """The same again, or a link that is cut or slow already."""
@@ -98,6 +104,9 @@ class Faults:
 
     def _vandalise(self, what: str, seed: int) -> bool:
         stage = self._stage
+        if what == "blob" and stage.store == "learner":
+            return False  # they lie in the learner's memory
+        what = "file" if what == "blob" and stage.store != "redis" else what
         where = {"message": stage.endpoint, "file": stage.store.removeprefix("file:")}
         keys = [stage.keys["actor"]] if what == "message" else []
         words = [sys.executable, str(VANDAL), what, where.get(what, stage.redis_url), str(seed)]

@@ -20,6 +20,7 @@ KINDS = {
     "kill learner": (2, 0, 0),
     "kill redis": (2, 0, 0),
     "kill part": (1, 0, 0),  # a process that an actor started: engine, grader
+    "kill rank": (2, 0, 0),  # of a learner that has several
     "stop actor": (2, 2, 14),
     "stop learner": (1, 2, 8),
     "stop redis": (1, 2, 7),
@@ -70,6 +71,8 @@ def _deck(rng: random.Random, kinds: Sequence[str]) -> list[str]:
 
 def _target(rng: random.Random, kind: str, actors: Sequence[str]) -> str:
     actor = rng.choice(actors)
+    if kind == "kill rank":
+        return "learner"
     if kind in ("cut", "slow"):
         return rng.choice([actor, actor, "learner", "redis"])
     _, _, whom = kind.partition(" ")

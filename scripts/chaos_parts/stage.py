@@ -73,6 +73,8 @@ class Stage:
         loopback: bool,
         minutes: float,
         settings: Mapping[str, str] = MappingProxyType({}),
+        store: str = "redis",
+        ranks: int = 1,
     ) -> None:
         """`settings`: of all actors, as `scripted.tokens_per_s`."""
         self.work, self.left_out, self._settings = work, list[str](), settings
@@ -92,7 +94,8 @@ class Stage:
         self.cluster = Cluster(self._tolerated)
         self._stack.callback(self.cluster.close)
         self.disk_was_full = False  # within this life of the learner
-        self.store = "redis"
+        self.ranks = ranks
+        self.store = f"file:{work / 'weights'}" if store == "file" else store
         self._prepare()
 
     def close(self) -> None:
@@ -160,6 +163,12 @@ class Stage:
 
     def learner_command(self, folder: Path, *more: str) -> list[str]:
         words = [sys.executable, "-P", "-m", "learner", str(self.recipe)]
+        if self.ranks > 1:
+            port = self.ground.port(29500)
+            ranks = [f"--nproc-per-node={self.ranks}", "--master-addr=127.0.0.1"]
+            torchrun = ["env", "GLOO_SOCKET_IFNAME=lo", sys.executable, "-P", "-m"]
+            torchrun += ["torch.distributed.run", *ranks, f"--master-port={port}"]
+            words = [*torchrun, "-m", "learner", str(self.recipe)]
         return [*words, "--run-folder", str(folder), *self._ends("learner"), *more]
 
     def _actor(self, name: str) -> list[str]:

@@ -32,7 +32,7 @@ def judge(stage: Stage, seconds: float) -> tuple[dict[str, Any], list[str]]:
     duplicates = sum(count - 1 for count in trained.values())
     if lost:
         wrong.append(f"{lost} results were acknowledged and are not in the journal")
-    replayed = _replay(stage, steps, patience_s)
+    replayed = _replay(stage, steps, patience_s) if stage.ranks == 1 else {"wrong": []}
     resumed = _resume(stage, steps, replayed.get("digest", ""), patience_s)
     wrong += [*replayed["wrong"], *resumed]
     gap = sum(_issued(each) - _accounted(each) for each in sums)
@@ -94,10 +94,11 @@ def _resume(stage: Stage, steps: int, digest: str, patience_s: float) -> list[st
     """A copy that lost its newest checkpoint goes on in a fresh process, to where the run was."""
     copy = stage.work / "resumed"
     shutil.copytree(stage.run_folder, copy)
-    newest = max((copy / "checkpoints").glob("step-*"), default=None)
-    if newest is None:
+    found = sorted((copy / "checkpoints").glob("step-*"))
+    if not found:
         return ["there is no checkpoint to resume from"]
-    shutil.rmtree(newest)
+    for gone in found[-1:] if stage.ranks == 1 else found:  # many ranks: all steps again
+        shutil.rmtree(gone)
     command = stage.learner_command(copy, "--resume", "-s", f"learner.steps={steps}")
     done = _run(stage.ground.enter("learner", command), patience_s)
     wrong = [f"resume failed: {_last(done)}"] if done.returncode else []
