@@ -84,6 +84,8 @@ class Attempt:
                 return None
         if not self._flaws or self._answer.verdict.error:
             return None
+        behind = self._segments[1:]  # counted when it is there to stay
+        stage.budget.sampled += sum(s.tokens.size for s in behind if s.role == "policy")
         made = rollout(self._segments, [self._answer])
         return msgspec.structs.replace(made, flaws=tuple(self._flaws), clean=edit is None)
 
@@ -136,7 +138,6 @@ class Attempt:
         if sample.finish == "aborted":
             self.events["intervention_abandoned"] += 1
             return False
-        stage.budget.sampled += sample.tokens.size
         segments.append(policy(sample, ticket.sampling.temperature))
         (graded,) = await judged([_joined(segments, sample.finish)], ticket, stage)
         self._answer = graded
