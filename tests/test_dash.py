@@ -6,6 +6,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -461,12 +462,33 @@ def test_a_real_browser_draws_every_curve_and_runs_no_code_of_a_rollout(
     (folder / "recipe.toml").write_text('[run]\nmodel = "tiny"\n')
     (folder / status.FILE).write_bytes(status.encode(now))
     page = browse(serve(Watch(folder)).url, "--dump-dom")
+    assert "<b>v12</b>" in page
     assert "<title>run · isentrope</title>" in page
     assert page.count("<svg") == 8  # of nine: this run logged no ratio
     assert page.count("<img") == 0
     assert page.count("onerror") == page.count("&lt;img src=x onerror") >= 2
     for word in ("0.610", "its engine broke", "lag 2", "zero variance", "1=1#", "held-out"):
         assert word in page, word
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (Debian: apt-get install chromium)")
+def test_the_page_follows_a_run_without_being_loaded_again(
+    tmp_path: Path, serve: Callable[[Watch], Dashboard]
+) -> None:
+    server = serve(Watch(a_run(tmp_path)))
+    look, seen = server.routes["/api/status"], []
+
+    def moving() -> Any:
+        """What the learner says goes on once the page has seen the beginning."""
+        seen.append(look())
+        (tmp_path / status.FILE).write_bytes(status.encode(a_status(12 + len(seen))))
+        return seen[-1]
+
+    server.routes["/api/status"] = moving
+    page = browse(server.url, "--dump-dom")
+    shown = re.search(r"<b>v(\d+)</b>", page)
+    assert shown is not None
+    assert 12 < int(shown[1]) < 12 + len(seen)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (Debian: apt-get install chromium)")

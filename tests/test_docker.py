@@ -22,6 +22,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
+from common import prometheus
 from common.cli import isentrope
 from common.config import RunConfig
 from common.errors import ConfigError
@@ -29,6 +30,7 @@ from common.process import spawn, stop
 from common.recipe import load
 from common.redis_server import binary, free_port
 from common.softstate import SoftState
+from common.status import Status
 from common.versions import Registry
 from learner.cli import learner
 
@@ -369,8 +371,16 @@ def test_the_commands_of_kubernetes_exist() -> None:
             seen.append(context.info_name)
             probe = container.get("livenessProbe", {}).get("exec", {}).get("command")
             if probe:
-                assert option(parses(probe), "alive").startswith("actor:")
+                assert probe[:2] == ["sh", "-c"]
+                (words,) = through_shell(probe[2], POD_NAME="pod-7")
+                assert option(parses(words), "alive") == "actor:pod-7"
     assert sorted(map(str, seen)) == ["actor", "dash", "learner"]
+
+
+def test_the_autoscaler_asks_for_a_number_that_prometheus_has() -> None:
+    (scaler,) = (doc for doc in documents() if doc["kind"] == "HorizontalPodAutoscaler")
+    name = scaler["spec"]["metrics"][0]["external"]["metric"]["name"]
+    assert f"\n{name} 0" in prometheus.text(Status(), {}, 0.0)
 
 
 def test_rank_zero_is_where_the_manifests_say() -> None:

@@ -144,7 +144,7 @@ function showChange(c, curve, empty) {
   const slope = slopes.length && slopes[slopes.length - 1] > 0 ? slopes[slopes.length - 1] : 1;
   const predicted = curve("entropy_predicted", slope === 1 ? "predicted" : `predicted × ${short(slope)}`, "purple", "line");
   predicted.y = predicted.y.map((value) => value * slope);
-  lines(cards.change, [predicted, curve("entropy_realised", "realised", "red", "dots"), curve("entropy_correlation", "", "grey", "none")].slice(0, 2), { empty, from: 0, to: 0 });
+  lines(cards.change, [predicted, curve("entropy_realised", "realised", "red", "dots")], { empty, from: 0, to: 0 });
   const found = (c.entropy_correlation || { y: [] }).y;
   if (found.length) cards.change.legend.append(make("span", {}, "correlation", make("b", {}, found[found.length - 1].toFixed(2))));
 }
