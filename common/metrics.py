@@ -71,6 +71,7 @@ GLOSSARY: dict[str, str] = {
     "publish_s": "of it, publishing the new version (s)",
     "checkpoint_s": "of it, writing a checkpoint (s)",
     "heldout": "held-out accuracy of an evaluation that ended at this step",
+    "heldout_by_source": "the same for each source of a mixture",
     "heldout_length": "mean length of its responses (tokens)",
     "heldout_versions": "oldest and newest version that sampled them",
     "entropy_predicted": "entropy change that first-order theory predicts (nats per token)",

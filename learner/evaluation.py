@@ -30,6 +30,7 @@ class Evaluation(msgspec.Struct, kw_only=True):
     tokens: int = 0
     oldest: int = -1  # weight versions seen
     newest: int = -1
+    sources: dict[str, tuple[int, float]] = {}  # of each: rollouts graded, sum of correctness
     solved_at: list[int] = []  # rollouts solved at turn 0, 1, …
 
     def add(self, group: Group) -> None:
@@ -45,6 +46,9 @@ class Evaluation(msgspec.Struct, kw_only=True):
         self.tokens += sum(r.length for r in group.rollouts)
         self.oldest = min(versions) if self.oldest < 0 else min(self.oldest, *versions)
         self.newest = max(self.newest, *versions)
+        count, right = self.sources.get(group.source, (0, 0.0))
+        right += sum(r.correct for r in graded)
+        self.sources = {**self.sources, group.source: (count + len(graded), right)}
         for rollout in graded:
             if (turn := solved_at(rollout)) is not None:
                 missing = turn + 1 - len(self.solved_at)
@@ -69,6 +73,11 @@ class Evaluation(msgspec.Struct, kw_only=True):
         last one here."""
         sums = accumulate(self.solved_at)
         return {str(k): solved / max(1, self.rollouts) for k, solved in enumerate(sums)}
+
+    @property
+    def by_source(self) -> dict[str, float]:
+        """Accuracy of each source's problems."""
+        return {name: right / n for name, (n, right) in sorted(self.sources.items()) if n}
 
     @property
     def length(self) -> float:

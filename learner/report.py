@@ -156,7 +156,8 @@ class Report:
 
     def _note_point(self, label: str, point: Evaluation, t: int) -> dict[str, Value]:
         self._points[label] = (t, point)
-        return {
+        several = {"heldout_by_source": point.by_source} if self._config.prompts.sources else {}
+        return several | {
             "heldout": point.accuracy,
             "heldout_length": point.length,
             "heldout_versions": {"oldest": point.oldest, "newest": point.newest},

@@ -47,3 +47,11 @@ def test_what_no_grader_judged_says_nothing_about_the_error() -> None:
     assert (found.errors, found.rollouts) == (5, 10)
     assert found.standard_error == before
     assert math.isnan(point().standard_error)
+
+
+def test_each_source_has_an_accuracy_of_its_own() -> None:
+    found = Evaluation()
+    for rewards, source in (([1.0, 0.0], "sums"), ([1.0, 1.0], "words"), ([0.0, 0.0], "sums")):
+        found.add(make_group(rewards, kind="eval", source=source))
+    assert found.by_source == {"sums": 0.25, "words": 1.0}
+    assert found.accuracy == 0.5
