@@ -49,6 +49,7 @@ class Conductor:
             minutes=chosen.minutes,
             store=chosen.store,
             ranks=chosen.ranks,
+            engines=chosen.engines.split(","),
         )
         self.faults = Faults(self.stage, self.note)
 

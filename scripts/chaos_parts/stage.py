@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
@@ -75,28 +75,33 @@ class Stage:
         settings: Mapping[str, str] = MappingProxyType({}),
         store: str = "redis",
         ranks: int = 1,
+        engines: Sequence[str] = ("scripted", "torch"),
     ) -> None:
-        """`settings`: of all actors, as `scripted.tokens_per_s`."""
+        """`settings`: of all actors, as `scripted.tokens_per_s`; `engines`: theirs in turn."""
         self.work, self.left_out, self._settings = work, list[str](), settings
         self.actors = [f"actor-{i}" for i in range(actors)]
-        self._stack = ExitStack()
+        self.ranks, self._engines = ranks, list(engines)
+        self.store = f"file:{work / 'weights'}" if store == "file" else store
+        self.disk_was_full = False  # within this life of the learner
+        self.keep: Path | None = None
+        with ExitStack() as stack:
+            self._lay_ground(stack, name, loopback, int(192 + 48 * minutes))
+            self._prepare()
+            self._stack = stack.pop_all()
+
+    def _lay_ground(self, stack: ExitStack, name: str, loopback: bool, size_mb: int) -> None:
         places = ["learner", "redis", "vandal", *self.actors]
         self.ground, why = hosts.choose(name, places, wanted=not loopback)
-        self._stack.callback(self.ground.close)
+        stack.callback(self.ground.close)
         if why:
             self.left_out.append(f"cut, slow ({why})")
-        self.disk = Disk(work / "disk", int(192 + 48 * minutes))
-        self.keep: Path | None = None
-        self._stack.callback(lambda: self.disk.close(self.keep))
+        self.disk = Disk(self.work / "disk", size_mb)
+        stack.callback(lambda: self.disk.close(self.keep))
         if not self.disk.fillable:
             self.left_out.append("fill (mounting a small disk is not permitted)")
         self.run_folder = self.disk.folder / "run"
         self.cluster = Cluster(self._tolerated)
-        self._stack.callback(self.cluster.close)
-        self.disk_was_full = False  # within this life of the learner
-        self.ranks = ranks
-        self.store = f"file:{work / 'weights'}" if store == "file" else store
-        self._prepare()
+        stack.callback(self.cluster.close)
 
     def close(self) -> None:
         self._stack.close()
@@ -129,14 +134,15 @@ class Stage:
         self.keys = {who: str(self.work / "keys" / f"{who}.json") for who in ("learner", "actor")}
 
     def populate(self) -> None:
-        """Half of the actors are scripted and remember what was acknowledged, half have a model;
-        the last one joins late."""
+        """Scripted actors remember what was acknowledged, others have a model; the last one joins
+        late."""
         self.cluster.add(self._member("redis", lambda life: self._redis()))
         self.cluster.add(self._member("learner", self._learner))
         for index, name in enumerate(self.actors):
             late_s = 30.0 if index == len(self.actors) - 1 > 1 else 0.0
-            make = self._witness if index % 2 == 0 else self._actor
-            self.cluster.add(self._member(name, lambda life, n=name, m=make: m(n)), late_s)
+            engine = self._engines[index % len(self._engines)]
+            command = self._witness(name) if engine == "scripted" else self._actor(name, engine)
+            self.cluster.add(self._member(name, lambda life, c=command: c), late_s)
 
     def _member(self, name: str, command: object) -> Member:
         assert callable(command)
@@ -171,9 +177,9 @@ class Stage:
             words = [*torchrun, "-m", "learner", str(self.recipe)]
         return [*words, "--run-folder", str(folder), *self._ends("learner"), *more]
 
-    def _actor(self, name: str) -> list[str]:
+    def _actor(self, name: str, engine: str) -> list[str]:
         words = [sys.executable, "-P", "-m", "actor", str(self.recipe), "--name", name]
-        return [*words, *self._ends("actor"), "-s", "actor.engine=torch"]
+        return [*words, *self._ends("actor"), "-s", f"actor.engine={engine}"]
 
     def _witness(self, name: str) -> list[str]:
         acked = self.work / f"{name}.acked"
