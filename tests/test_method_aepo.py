@@ -5,6 +5,7 @@ from the method's wish to tickets, journal, replay and resume.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,29 @@ def test_the_golden_aux_row_comes_out_and_equals_rows_with_weights(dtype: torch.
     golden(weights[[0, -1]], "GV11.rows")
     both = [(weights * torch.cat([main, aux])).mean(), main.mean() + 0.25 * aux.mean()]
     golden(torch.stack(both), "GV11.J", torch.float32)
+
+
+def test_the_first_versions_pull_by_the_reward_without_a_clip_and_jump_between_temperatures() -> (
+    None
+):
+    """GV11's row, and two that the default leaves out: moved too far, and half right."""
+    first, default = Aepo(preset="v1_v4", alpha=0.5), Aepo(alpha=0.5)
+    assert [first.temperature(h) for h in (0.4, 0.6)] == [1.2, 0.8]
+    assert first.ask({"n_aux": 4.0}, {"entropy": 0.6}).groups == 2
+    assert Aepo(preset="v1_v4", mode="scope").temperature(0.45) == pytest.approx(1.05)
+
+    def slopes(method: Aepo, ratio: float, reward: float) -> list[float]:
+        logp = torch.tensor([-0.3, -1.0]).double().requires_grad_()
+        t = make_table(logp, reward, lp=logp.detach() - math.log(ratio), aux=True, row=0)
+        loss = method.extra_loss(t, None)
+        return torch.autograd.grad(loss.sum(), logp)[0].tolist()
+
+    assert slopes(first, 1.0, 1.0) == pytest.approx(slopes(default, 1.0, 1.0))
+    assert slopes(first, 1.3, 1.0) == pytest.approx([-0.5, -0.5])
+    assert slopes(default, 1.3, 1.0) == [0.0, 0.0]
+    assert slopes(first, 1.0, 0.5) == pytest.approx([-0.25, -0.25])
+    assert slopes(default, 1.0, 0.5) == [0.0, 0.0]
+    assert slopes(first, 1.0, 0.0) == [0.0, 0.0]
 
 
 def test_tempered_samples_drift_as_foretold_and_an_importance_weight_would_undo_it() -> None:

@@ -29,11 +29,16 @@ class Aepo(Method, frozen=True, kw_only=True, tag="aepo"):
 
         scope       T = clip(1 + target - H, low, high)        version 7, the default
         bang_bang   high if H <= target, else low; above it half the groups     the released code
+
+    The preset "v1_v4" is the first versions' text: bang_bang, and R · ln π of every aux token in
+    the place of the clipped ratio of those with R >= r_pos (the same gradient where r is 1 and R
+    is 0 or 1).
     """
 
     alpha: NotNegative = 1 / 64
     target: NotNegative = 0.5  # nats a token; better relative to where the model begins
-    mode: Literal["scope", "bang_bang"] = "scope"
+    preset: Literal["v1_v4"] | None = None
+    mode: Literal["scope", "bang_bang"] | None = None  # None: scope; v1_v4 bang_bang
     low: Positive = 0.8
     high: Positive = 1.2
     r_pos: float = 1.0  # reward from which on an answer is right
@@ -61,21 +66,29 @@ class Aepo(Method, frozen=True, kw_only=True, tag="aepo"):
     def extra_loss(self, table: Table, plan: Tensor | None) -> Tensor:
         share = min(1.0, (table.when[1] + 1) / self.warmup) if self.warmup else 1.0
         # the advantage of an aux token is the reward itself
+        if self.preset == "v1_v4":
+            on = table.mask & table.aux
+            return -self.alpha * share * (table.advantage * table.logp).masked_fill(~on, 0.0)
         right = table.mask & table.aux & (table.advantage >= self.r_pos)
         r = (table.logp - table.lp).clamp(max=20.0).exp()
         gain = r.clamp(max=1 + self.clip)  # = min(r, clip(r))
         return -self.alpha * share * gain.masked_fill(~right, 0.0)
 
+    @property
+    def bangs(self) -> bool:
+        """Whether T jumps between its bounds."""
+        return (self.mode or self.preset) in ("bang_bang", "v1_v4")
+
     def ask(self, stats: Mapping[str, float], state: State) -> Ask:
         entropy, groups = state["entropy"], int(stats["n_aux"])
         if entropy is None:
             return Ask(groups=groups, temperature=1.0)
-        if self.mode == "bang_bang" and entropy > self.target:
+        if self.bangs and entropy > self.target:
             groups = max(1, groups // 2)
         return Ask(groups=groups, temperature=self.temperature(entropy))
 
     def temperature(self, entropy: float) -> float:
-        if self.mode == "bang_bang":
+        if self.bangs:
             return self.high if entropy <= self.target else self.low
         return min(max(1 + (self.target - entropy), self.low), self.high)
 
