@@ -131,6 +131,7 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
         self._check_correction()
         self._check_overlong()
         self._check_episodes()
+        self._check_synthesis()
         need(
             self.lease_s > 3 * self.heartbeat_s,
             f"lease_s = {self.lease_s:g}: must be longer than three heartbeats "
@@ -172,6 +173,16 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
             buffer is None or self.advantage != "psr_nsr",
             "overlong.buffer: psr_nsr learns from the raw correctness, which has no penalty; "
             "leave it out",
+        )
+
+    def _check_synthesis(self) -> None:
+        inherited = self.synthesis is None or self.synthesis.label == "inherited"
+        every = self.prompts.each()
+        graders = {part.grader for one in every for part in one.parts} | {o.grader for o in every}
+        need(
+            inherited or "reasoning_gym" not in graders,
+            "synthesis.label: reasoning_gym's scorers know the problems that they made, and no "
+            'others; take "inherited"',
         )
 
     def _check_correction(self) -> None:

@@ -9,7 +9,9 @@ import pytest
 
 from common.errors import ConfigError
 from learner.advantage import advantages
+from learner.config import LearnerConfig
 from learner.prompts.arithmetic import draw
+from learner.prompts.config import PromptsConfig
 from learner.synthesis import label, reward
 from learner.synthesis.checks import asks_more, clusters, fingerprint, leaks, near, overlap
 from learner.synthesis.config import SynthesisConfig
@@ -233,3 +235,11 @@ def test_a_table_that_cannot_work_is_refused_by_its_field(
     with pytest.raises(ConfigError) as raised:
         SynthesisConfig(**fields).check()  # type: ignore[arg-type]
     assert said in str(raised.value)
+
+
+def test_a_scorer_that_knows_its_own_problems_only_is_refused_for_others() -> None:
+    prompts = PromptsConfig(source="reasoning_gym", task="chain_sum", grader="reasoning_gym")
+    LearnerConfig(prompts=prompts, synthesis=SynthesisConfig()).check()
+    own = SynthesisConfig(label="consensus")
+    with pytest.raises(ConfigError, match=r"synthesis\.label: reasoning_gym"):
+        LearnerConfig(prompts=prompts, synthesis=own).check()

@@ -33,12 +33,18 @@ def overlap(a: Print, b: Print) -> float:
     """Jaccard index of the shingles, 0…1."""
     if a.normal == b.normal:
         return 1.0
-    either = len(a.shingles | b.shingles)
-    return len(a.shingles & b.shingles) / either if either else 0.0
+    both = len(a.shingles & b.shingles)
+    either = len(a.shingles) + len(b.shingles) - both
+    return both / either if either else 0.0
 
 
 def near(a: Print, others: Iterable[Print]) -> bool:
-    return any(overlap(a, other) >= NEAR for other in others)
+    size = len(a.shingles)
+    for other in others:
+        theirs = len(other.shingles)  # sets of so different sizes cannot overlap so much
+        if min(size, theirs) >= NEAR * max(size, theirs) and overlap(a, other) >= NEAR:
+            return True
+    return False
 
 
 def clusters(prints: Sequence[Print]) -> list[float]:
