@@ -39,7 +39,7 @@ ENV PATH=/opt/isentrope/bin:$PATH \
     ISENTROPE_MODELS=/models
 WORKDIR /tmp
 USER 1000:1000
-EXPOSE 5555
+EXPOSE 5555 5556
 HEALTHCHECK --interval=30s --timeout=20s --start-period=300s --retries=10 \
     CMD ["isentrope", "status", "/runs/run", "--alive", "learner"]
 STOPSIGNAL SIGTERM
