@@ -12,6 +12,20 @@ The tensors are those of SmolLM2-135M in bfloat16 (272 tensors, 269 MB). In inte
 and `ratio_<store>` is the median over rounds of ours / plain. Redis is a real server on loopback.
 `safetensors_s` is save_file + load_file + one reading of every byte, for comparison.
 
+`patch_*`: SmolLM2 learns from its own answers to sums, lr 1e-6, bf16, master weights anywhere in
+their cells as after many steps; a version is published as a patch and made by an actor that has the
+one before.
+
+    patch_bytes_ratio              bytes of a patch / of the version, the mean over the steps
+    patch_bytes_ratio_max          the largest
+    patch_bytes_ratio_first_steps  the mean when a run begins: master weights as the model has them
+    patch_seconds                  to find the changes and pack them (the learner)
+    apply_seconds                  from asking for the version to its verified bytes (the actor)
+
+`pull_mb_per_s_<store>_<n>`: n actors, processes of their own, pull and verify a whole version at
+once; the bytes of all of them by the time of the last. `learner_curve` is with keys.
+`pull_mb_per_s_1` and `_8` are those of the learner's store.
+
 `pause_share`: share of the time in which the torch engine held decoding for a swap, while 128
 sequences of the tiny model are decoded and a version is published, pulled and swapped in every
 second (the demo's rate, or a little more).
@@ -32,17 +46,29 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actor.engine.torch_engine import TorchEngine
-from common import models
+from common import keys, models, patch
+from common.config import RunConfig
 from common.failpoints import Failpoint
-from common.pull import fetch
+from common.pull import fetch, lay_out
 from common.redis_server import RedisServer
 from common.stores import Store, open_store
 from common.versions import Registry, Tensor, Weights, digest
 from common.wire import Sampling
+from learner.blobs import open_blobs
+from learner.item import Item
 from learner.publish import Publisher
+from scripts.benches import _weights_steps
+from scripts.benches._weights_pull import RUN, Pullers
 
-LIMITS = {"ratio_file": ("<=", 2.0), "ratio_redis": ("<=", 5.0), "pause_share": ("<=", 0.05)}
+LIMITS = {
+    "ratio_file": ("<=", 2.0),
+    "ratio_redis": ("<=", 5.0),
+    "pause_share": ("<=", 0.05),
+    "patch_bytes_ratio": ("<=", 0.05),
+}
 WARM_UP, ROUNDS = 2, 8
+STEPS, FIRST_STEPS = 8, 3
+ACTORS = (1, 8)
 SLOTS, SWAP_EVERY_S, SWAPS = 128, 1.0, 12
 
 
@@ -179,6 +205,86 @@ def compare(url: str, folder: Path) -> dict[str, float]:
     return result | {"megabytes": sum(tensor.data.nbytes for tensor in tensors) / 1e6}
 
 
+def patches(url: str) -> dict[str, float]:
+    items = _weights_steps.batches(STEPS)
+    settled = patched(url, "settled", items)
+    first = patched(url, "first", items[: FIRST_STEPS * _weights_steps.GROUPS])
+    ratios, seconds, applied = (list(column) for column in zip(*settled, strict=True))
+    return {
+        "patch_bytes_ratio": statistics.mean(ratios),
+        "patch_bytes_ratio_max": max(ratios),
+        "patch_bytes_ratio_first_steps": statistics.mean(ratio for ratio, _, _ in first),
+        "patch_seconds": statistics.median(seconds),
+        "apply_seconds": statistics.median(applied),
+    }
+
+
+def patched(url: str, name: str, items: list[Item]) -> list[tuple[float, float, float]]:
+    """Of every step: bytes of the patch / bytes of the version, seconds to make it, seconds to
+    apply it."""
+    registry = Registry(url, f"patches-{name}")
+    store = open_store("redis", registry)
+    publisher = Publisher(registry, store, 1, 2, Failpoint(), snapshot_every=len(items) + 1)
+    own, before, found = None, None, []
+    for version, tensors in enumerate(_weights_steps.versions(items, name == "settled")):
+        publisher.publish(version, version, tensors, digest(tensors))
+        asked = time.perf_counter()
+        own = fetch(registry, store, own=own)
+        applied = time.perf_counter() - asked
+        manifest = registry.manifest(version)
+        if before is not None:
+            assert manifest.kind == "patch"
+            size = sum(blob.nbytes for blob in manifest.blobs)
+            found.append((size / manifest.nbytes, time_patch(before, tensors), applied))
+        before = tensors
+    registry.close()
+    return found
+
+
+def time_patch(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> float:
+    firsts = [entry.offset // patch.ITEM_BYTES for entry in lay_out(new)[0]]
+    began = time.perf_counter()
+    assert patch.make(old, new, firsts, 1 << 30)
+    return time.perf_counter() - began
+
+
+def pulls(url: str, folder: Path) -> dict[str, float]:
+    """A whole version of SmolLM2's size, out of every store, by one actor and by several."""
+    theirs, mine = keys.make(folder / "keys")
+    at = "tcp://127.0.0.1:0"
+    ways = {
+        "redis": (RunConfig(store="redis"), ""),
+        "file": (RunConfig(store=f"file:{folder}"), ""),
+        "learner": (RunConfig(store="learner", learner=at), ""),
+        "learner_curve": (RunConfig(store="learner", learner=at, keys=str(theirs)), str(mine)),
+    }
+    net = {name: torch.randn(shape).bfloat16() for name, shape in smollm_shapes().items()}
+    tensors = as_bytes(net)
+    numbers: dict[str, float] = {}
+    for incarnation, (name, (run, key)) in enumerate(ways.items(), 1):
+        registry = Registry(url, RUN)
+        store = open_blobs(run, registry, incarnation)
+        Publisher(registry, store, incarnation, 1, Failpoint()).publish(
+            0, 0, tensors, digest(tensors)
+        )
+        speeds = pull_speeds(url, run, key, sum(tensor.data.nbytes for tensor in tensors))
+        numbers |= {f"pull_mb_per_s_{name}_{count}": speed for count, speed in speeds.items()}
+        store.close()
+        registry.client.flushall()
+        registry.close()
+    return numbers | {f"pull_mb_per_s_{n}": numbers[f"pull_mb_per_s_learner_{n}"] for n in ACTORS}
+
+
+def pull_speeds(url: str, run: RunConfig, key: str, size: int) -> dict[int, float]:
+    """MB/s of all actors together, by their number."""
+    with Pullers(max(ACTORS), url, run.store, run.learner, key) as pullers:
+        pullers.pull(max(ACTORS))  # the first pays for the memory
+        return {
+            count: count * size / 1e6 / statistics.median(pullers.pull(count) for _ in range(3))
+            for count in ACTORS
+        }
+
+
 async def pauses(url: str) -> dict[str, float]:
     folder = models.find("tiny")
     engine = TorchEngine(folder, slots=SLOTS)
@@ -215,6 +321,8 @@ def bench() -> dict[str, float]:
     parts: tuple[Callable[[str, Path], dict[str, float]], ...] = (
         compare,
         lambda url, _: asyncio.run(pauses(url)),
+        lambda url, _: patches(url),
+        pulls,
     )
     numbers: dict[str, float] = {}
     with tempfile.TemporaryDirectory(dir=os.environ.get("ISENTROPE_BENCH_DIR", ".")) as name:
