@@ -32,6 +32,7 @@ from learner.history import catch_up
 from learner.inbox import Selection
 from learner.loss import ratio, scale
 from learner.methods.compose import Methods
+from learner.reward import scorer
 from learner.state import TrainState, constants
 from learner.step import train_step
 
@@ -120,7 +121,7 @@ def _one_step_each(
     plain: LearnerConfig,
     field: Mapping[str, LearnerConfig],
 ) -> list[Point]:
-    batch = flatten(selection.items, state.t)
+    batch = flatten(selection.items, state.t, scorer(plain))
     push = _push(batch, plain).to(state.model.device)
     main = (batch.static.mask & ~batch.static.aux).to(state.model.device)
     logp, H = _look(state, batch, plain)
