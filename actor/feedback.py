@@ -5,8 +5,8 @@
 
 All rollouts of a group take their turns together. The prefix of a turn is the prompt and every
 token since, as it was sampled: nothing is rendered again. Noise is a function of (seed, rollout,
-position) as everywhere, and positions only rise. arXiv 2506.11930, as a way to sample: the loss
-masks feedback, and a right answer at turn k is worth gamma^k.
+turn, position): no turn repeats the draws of another. arXiv 2506.11930, as a way to sample: the
+loss masks feedback, and a right answer at turn k is worth gamma^k.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from actor.engine import noise
 from actor.engine.base import Sample
 from actor.grade.extract import answer_of
-from actor.stage import Answer, Clock, Stage, ended, given, judged, policy, rollout, written
+from actor.stage import LATER, Answer, Clock, Stage, ended, given, judged, policy, rollout, written
 from actor.voice import Asked
 from common.episodes import Feedback
 from common.errors import DataError
@@ -95,7 +95,7 @@ class Talk:
 
     async def sample(self, stage: Stage, turn: int, until: float) -> Sequence[Sample]:
         rule, ticket = self._rule, self._ticket
-        first = self._number if rule.tries == 1 else ticket.n + self._number * rule.tries
+        first = turn * LATER + self._number * rule.tries
         samples = await stage.engine.generate(
             np.concatenate([ticket.prompt, *(s.tokens for s in self.segments)]),
             rule.tries,

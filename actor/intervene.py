@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 
 from actor.engine.base import Sample
-from actor.stage import Answer, Stage, ended, given, judged, policy, rollout
+from actor.stage import LATER, Answer, Stage, ended, given, judged, policy, rollout
 from actor.text import Decode
 from actor.triggers import first_flaw
 from actor.voice import Asked
@@ -130,7 +130,7 @@ class Attempt:
         ticket = self._ticket
         kept = head(self._segments[-1], edit.at)
         segments = [*self._segments[:-1], kept, given(edit.hint, kept, "hint", 0)]
-        number = ticket.n * (1 + len(self._flaws)) + self._number  # noise of its own
+        number = LATER * (1 + len(self._flaws)) + self._number
         prefix = np.concatenate([ticket.prompt, *(s.tokens for s in segments)])
         (sample,) = await stage.engine.generate(
             prefix, 1, ticket.sampling, first=number, deadline=until

@@ -36,6 +36,9 @@ class Budget:
         return self.hints / max(1, self.sampled)
 
 
+LATER = 1 << 32  # rollout numbers of later turns and continuations: noise of their own
+
+
 class Stage(NamedTuple):
     engine: Engine
     text: Text

@@ -12,7 +12,7 @@ from actor.config import ScriptedConfig
 from actor.engine.base import Sample
 from actor.engine.scripted import ScriptedEngine
 from actor.grade.pool import Pool
-from actor.stage import Budget, Stage
+from actor.stage import LATER, Budget, Stage
 from actor.voice import Voices
 from common import models
 from common.episodes import Episode
@@ -61,7 +61,7 @@ class Speaker(ScriptedEngine):
         deadline: float | None = None,
     ) -> list[Sample]:
         self.calls.append(Call(prefix.tolist(), n, sampling, first))
-        return [self._sample(number) for number in range(first, first + n)]
+        return [self._sample(number % LATER) for number in range(first, first + n)]
 
     def _sample(self, number: int) -> Sample:  # type: ignore[override]
         turn = self._turn.get(number, 0)

@@ -15,6 +15,7 @@ from actor.engine.scripted import ScriptedEngine
 from actor.engine.torch_engine import TorchEngine
 from actor.feedback import answer_key, novel
 from actor.grade.pool import Pool
+from actor.stage import LATER
 from common.config import RunConfig
 from common.episodes import Episode, Feedback, accuracy_by_turn, progressive
 from common.errors import DataError, WireError
@@ -64,7 +65,12 @@ async def test_what_is_solved_is_never_asked_again_and_the_last_turn_is_the_last
 ) -> None:
     engine = Speaker({0: ["#19<eos>"], 1: ["#1<eos>", "#19<eos>"], 2: ["#1<eos>"] * 3})
     rollouts, *_ = await episode.play(asks(3, turns()), stage(engine, pool))
-    assert [(c.first, c.n) for c in engine.calls] == [(0, 3), (1, 1), (2, 1), (2, 1)]
+    assert [(c.first, c.n) for c in engine.calls] == [
+        (0, 3),
+        (LATER + 1, 1),
+        (LATER + 2, 1),
+        (2 * LATER + 2, 1),
+    ]
     assert [(r.turn, r.correct) for r in rollouts] == [(0, 1.0), (1, 1.0), (2, 0.0)]
 
 
@@ -153,12 +159,12 @@ def test_progressive_temperatures_are_the_papers() -> None:
 async def test_of_several_tries_one_not_said_before_is_taken_and_not_trained_on(
     pool: Pool,
 ) -> None:
-    said = {0: ["#18<eos>"], 1: ["#18<eos>"], 2: ["12+7=17#17<eos>"], 3: ["1#18<eos>"]}
+    said = {0: ["#18<eos>"] * 2, 1: ["12+7=17#17<eos>"], 2: ["1#18<eos>"]}
     engine = Speaker(said)
     ticket = asks(1, turns(2, tries=3))
     (rollout,), *_ = await episode.play(ticket, stage(engine, pool))
     last = rollout.segments[-1]
-    assert (engine.calls[1].n, engine.calls[1].first) == (3, 1)  # seeds of their own
+    assert (engine.calls[1].n, engine.calls[1].first) == (3, LATER)  # seeds of their own
     assert last.tokens.tolist() == tokens_of("12+7=17#17<eos>")
     assert not last.loss_mask.any()
     assert rollout.length == 4
@@ -166,7 +172,7 @@ async def test_of_several_tries_one_not_said_before_is_taken_and_not_trained_on(
 
 
 async def test_tried_turns_are_trained_on_where_that_is_asked_for(pool: Pool) -> None:
-    engine = Speaker({0: ["#18<eos>"], 1: ["#18<eos>"], 2: ["#18<eos>"]})
+    engine = Speaker({0: ["#18<eos>"] * 2, 1: ["#18<eos>"]})
     tried = turns(2, tries=2, train_tried=True)
     (rollout,), *_ = await episode.play(asks(1, tried), stage(engine, pool))
     assert rollout.segments[-1].loss_mask.all()

@@ -130,7 +130,7 @@ async def test_a_judge_shows_the_flaw_and_a_dead_one_changes_nothing(
     pool: Pool, voices: Voices
 ) -> None:
     rule = Intervene(judge=ours("judge"), share=1.0)
-    engine = Speaker({0: ["12+7=18#18<eos>"], 1: ["#19<eos>"]})
+    engine = Speaker({0: ["12+7=18#18<eos>", "#19<eos>"]})
     played = await episode.play(asks(1, Episode(intervene=rule)), stage(engine, pool, voices))
     (sibling,) = played.hinted
     written = [segment.tokens.tolist() for segment in sibling.segments]
