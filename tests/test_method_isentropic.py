@@ -216,6 +216,8 @@ def test_tokens_are_lost_once_no_answer_that_came_this_far_is_right() -> None:
     assert lost(t, prefixes(t)).tolist() == [False] * 5 + [True] * 2
     masked = replace(t, mask=torch.arange(7) != 5)
     assert lost(masked, prefixes(masked)).tolist() == [False] * 6 + [True]
+    alike = replace(t, advantage=torch.zeros(7))  # all right, or all wrong: nobody knows
+    assert not lost(alike, prefixes(alike)).any()
 
 
 def test_entropy_moves_from_right_answers_to_lost_tokens() -> None:
@@ -460,10 +462,15 @@ def miss(bandit: Bandit, share: float, last: int = 30) -> float:
 
 
 @pytest.mark.parametrize("mode", ["floor", "hold"])
-@pytest.mark.parametrize("share", [0.5, 1.0])
-def test_it_holds_a_share_of_the_starting_entropy_on_the_bandit(mode: Any, share: float) -> None:
-    held = Bandit([Isentropic(target=share, mode=mode)]).run(110)
-    assert miss(held, share) < 0.1
+@pytest.mark.parametrize(("share", "most"), [(0.5, 0.1), (1.0, 0.02)])
+def test_it_holds_a_share_of_the_starting_entropy_on_the_bandit(
+    mode: Any, share: float, most: float
+) -> None:
+    """Measured, of seed 0: 0.10 and 0.09 at 0.5, 0.003 at 1. At 0.5 it is a tenth too low at the
+    end: what the integral took up on the way down it gives back at `i_gain` a step only.
+    """
+    held = Bandit([Isentropic(target=share, mode=mode)], realised=False).run(110)
+    assert miss(held, share) < most
     assert held.success > 0.5
 
 
@@ -474,6 +481,7 @@ def test_grpo_on_the_same_bandit_does_not_and_opefo_only_stays_where_it_is() -> 
 
 
 def test_a_target_that_changes_mid_run_is_followed() -> None:
-    bandit = Bandit([Isentropic(target=1.0, mode="hold", changes=((40, 0.6),))]).run(40)
-    assert miss(bandit, 1.0, last=15) < 0.04
+    method = Isentropic(target=1.0, mode="hold", changes=((40, 0.6),))
+    bandit = Bandit([method], realised=False).run(40)
+    assert miss(bandit, 1.0, last=15) < 0.02
     assert miss(bandit.run(60), 0.6, last=20) < 0.1

@@ -33,11 +33,11 @@ def prefixes(table: Table) -> Tensor:
 
 
 def lost(table: Table, at: Tensor) -> Tensor:
-    """bool [T]: main tokens after which, and before which, no answer of the group went well: all
-    that pass through their prefix (`at`, from `prefixes`) have no advantage.
+    """bool [T]: main tokens of wrong answers (A < 0) at whose prefix (`at`, from `prefixes`) no
+    better answer of the group was.
     """
     good = (table.advantage > 0) & table.main
-    return table.main & (torch.bincount(at, good.double())[at] == 0)
+    return table.main & (table.advantage < 0) & (torch.bincount(at, good.double())[at] == 0)
 
 
 def entropy_ahead(table: Table, at: Tensor) -> Tensor:
