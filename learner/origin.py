@@ -16,9 +16,8 @@ from learner.batch import Batch
 from learner.config import LearnerConfig
 from learner.measure import Metrics
 from learner.overlong import facts as overlong_facts
+from learner.prompts.templates import FORMAT
 from learner.table import Table
-
-FORMAT = "format"  # the part of the reward that templates add
 
 
 def of_step(batch: Batch, table: Table, config: LearnerConfig) -> Metrics:

@@ -51,12 +51,19 @@ def penalties(group: wire.Group, config: OverlongConfig, limit: int) -> list[flo
     ease = (sum(right) / len(right)) ** config.difficulty
     found = []
     for rollout, is_right in zip(group.rollouts, right, strict=True):
-        penalty = length_penalty(rollout.length, limit, config.buffer, config.form)
+        penalty = length_penalty(_length(rollout), limit, config.buffer, config.form)
         if rollout.finish == "length":
             found.append(config.factor * min(-1.0, penalty))
         else:
             found.append(config.factor * (ease if is_right else config.failure_scale) * penalty)
     return found
+
+
+def _length(rollout: wire.Rollout) -> int:
+    """Tokens of its last turn that the policy wrote: `max_tokens` is for each turn."""
+    last = rollout.segments[-1].turn
+    turn = [s for s in rollout.segments if s.turn == last and s.role == "policy"]
+    return sum(s.tokens.size for s in turn)
 
 
 def is_masked(rollout: wire.Rollout, config: OverlongConfig | None) -> bool:

@@ -17,7 +17,7 @@ from learner.overlong import OverlongConfig, facts, length_penalty, penalties
 from learner.reward import scorer
 from learner.state import TrainState
 from learner.step import make_state, train_step
-from tests.builders import make_group, make_rollout, make_ticket
+from tests.builders import make_group, make_rollout, make_segment, make_ticket
 
 LIMIT, BUFFER = 20480, 4096
 GOLDEN = [  # length, the paper's, verl's
@@ -63,6 +63,13 @@ def test_right_answers_of_hard_problems_are_spared_and_cut_ones_never() -> None:
     eased = OverlongConfig(buffer=4, difficulty=2.0, failure_scale=0.5)
     assert penalties(answers, eased, 10) == [-0.5 * 0.25, -0.25, -1.0, 0.0]
     assert penalties(answers, OverlongConfig(buffer=4, factor=2.0), 10) == [-1.0, -1.0, -2.0, 0.0]
+
+
+def test_of_several_turns_the_last_one_is_measured() -> None:
+    first, last = make_segment([5] * 9, turn=0), make_segment([6] * 7, turn=1)
+    told = make_segment([7] * 3, role="feedback", turn=1)
+    answers = make_group(rollouts=(make_rollout(1.0, segments=(first, told, last)),))
+    assert penalties(answers, TEN, 10) == [-0.25]
 
 
 def test_the_penalty_is_added_to_the_reward_of_main_groups_and_of_no_others() -> None:
