@@ -53,6 +53,13 @@ def kill_session(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent is gone (Linux)."""
+    ask = _die_with(os.getppid())
+    if ask is not None:
+        ask()
+
+
 def _die_with(parent: int) -> Callable[[], None] | None:
     if sys.platform != "linux":
         return None

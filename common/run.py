@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from common.supervise import Supervisor, View
 
 
+RANK_RESTARTS = 5  # of all ranks of a learner, when one is lost
+
+
 class Plan(NamedTuple):
     """What is to be started, known to be good."""
 
@@ -29,6 +32,7 @@ class Plan(NamedTuple):
     redis: str  # "": a private one
     learner: str
     failpoint: str
+    ranks: int  # processes of the learner
 
     @property
     def recipe(self) -> Path:
@@ -115,6 +119,7 @@ def prepare(
     frozen = f"# The recipe of this run: every value in force.\n\n{dump(sections)}"
     (folder / "recipe.toml").write_text(frozen, encoding="utf-8")
     given = read(source, overrides).get("run", {})
+    ranks = getattr(sections["learner"], "ranks", None)
     return Plan(
         folder=folder,
         resume=resume is not None,
@@ -122,6 +127,7 @@ def prepare(
         redis=given.get("redis", ""),
         learner=given.get("learner", ""),
         failpoint=shared.failpoint,
+        ranks=1 if ranks is None else ranks.count,
     )
 
 
@@ -155,7 +161,8 @@ def _supervisor(plan: Plan, view: View) -> Supervisor:
     def learner(life: int) -> list[str]:
         # A life that ended before it made the run has nothing to resume.
         resume = ["--resume"] if (plan.folder / "run.json").exists() else []
-        return _command("learner", plan, life, ends, "--run-folder", str(plan.folder), *resume)
+        where = ("--run-folder", str(plan.folder), *resume)
+        return _on_ranks(plan.ranks, _command("learner", plan, life, ends, *where))
 
     def actor(index: int) -> Child:
         name = f"actor-{index}"
@@ -173,6 +180,15 @@ def _supervisor(plan: Plan, view: View) -> Supervisor:
         redis=redis,
         view=view,
     )
+
+
+def _on_ranks(count: int, command: list[str]) -> list[str]:
+    """`command` in so many processes, which torchrun starts again together when one is lost."""
+    if count == 1:
+        return command
+    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node", str(count), "--max-restarts", str(RANK_RESTARTS)]
+    return [*torchrun, "--no-python", *command]
 
 
 def _command(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import msgspec
 
 from common.options import (
     existing_run,
@@ -37,16 +38,20 @@ def learner(recipe: str, run_folder: Path, resume: bool, overrides: tuple[str, .
     """Train on what actors send; publish every new version."""
     from common import log
     from common.errors import JournalError
+    from common.failpoints import Failpoint
     from common.runfolder import RunFolder
 
     run, config = _sections(recipe, overrides)
-    rank, restarted = _torchrun()
+    rank, restarts = _torchrun()
     log.setup(f"learner-{rank}" if rank else "learner")
     if rank:
         return _follow(run, config)
+    if restarts:
+        failpoint = Failpoint.parse(run.failpoint, restarts)  # each kills once
+        run = msgspec.structs.replace(run, failpoint=str(failpoint))
     exists = (run_folder / "run.json").exists()
     folder = RunFolder.open(run_folder) if exists else RunFolder.create(run_folder)
-    if any(folder.journal.iterdir()) and not (resume or restarted):
+    if any(folder.journal.iterdir()) and not (resume or restarts):
         raise JournalError(
             f"{run_folder} already holds a journal; go on with --resume, or choose another folder"
         )
@@ -63,11 +68,11 @@ def learner(recipe: str, run_folder: Path, resume: bool, overrides: tuple[str, .
     click.echo(ended)
 
 
-def _torchrun() -> tuple[int, bool]:
-    """This process' rank, and whether torchrun started the ranks again (`--max-restarts`)."""
+def _torchrun() -> tuple[int, int]:
+    """This process' rank, and how often torchrun started the ranks again (`--max-restarts`)."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, False
-    return int(os.environ["RANK"]), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        return 0, 0
+    return int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _follow(run: RunConfig, config: LearnerConfig) -> None:

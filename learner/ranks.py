@@ -25,9 +25,12 @@ from pathlib import Path
 
 import torch
 from torch import distributed
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from common.config import RunConfig
 from common.errors import RankError
+from common.process import die_with_parent
 from learner import checkpoint, model
 from learner.comm import Comm, Order
 from learner.config import LearnerConfig, RanksConfig
@@ -49,6 +52,8 @@ def session(config: LearnerConfig) -> Iterator[Comm]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Comm()
         return
+    if distributed.is_torchelastic_launched():
+        die_with_parent()  # torchrun gives each rank a session of its own
     try:
         _join(config)
         comm = Comm.current()
@@ -58,9 +63,10 @@ def session(config: LearnerConfig) -> Iterator[Comm]:
         said = str(error).splitlines()[0]
         if not any(mark in said.lower() for mark in _LOST):
             raise
+        why = said.partition("] ")[2] if said.startswith("[") else said  # "[file:line] words"
         raise RankError(
-            f"another rank of the learner is lost, so this one ends ({said}); "
-            "go on with --resume, on any number of ranks"
+            f"another rank of the learner is lost, so rank {os.environ['RANK']} ends "
+            f"({why.split('. ')[0]}); go on with --resume, on any number of ranks"
         ) from None
     finally:
         if distributed.is_initialized():
@@ -72,8 +78,15 @@ def _join(config: LearnerConfig) -> None:
     if model.device(config).type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
-    timeout_s = (config.ranks or RanksConfig()).timeout_s
-    distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=(config.ranks or RanksConfig()).timeout_s)
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+        # torchrun's store outlives the ranks: those started again must not find the old addresses
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"life-{life}", store)
+    distributed.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+    )
 
 
 def follow(run: RunConfig, config: LearnerConfig, comm: Comm) -> None:
