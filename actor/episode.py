@@ -60,7 +60,7 @@ async def _generate(ticket: Ticket, stage: Stage, clock: Clock) -> Sequence[Samp
         warm = feedback.warmed(ticket.sampling, feedback.temperature(ticket, rule, 0))
         until = clock.began + rule.seconds
         samples = await stage.engine.generate(ticket.prompt, ticket.n, warm, deadline=until)
-        feedback.refuse_aborted(samples, rule)
+        feedback.refuse_aborted(samples, rule, stage)
         return samples
     finally:
         passes.cancel()

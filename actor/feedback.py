@@ -103,7 +103,7 @@ class Talk:
             first=first,
             deadline=until,
         )
-        refuse_aborted(samples, rule)
+        refuse_aborted(samples, rule, stage)
         return samples
 
     def choose(self, samples: Sequence[Sample], turn: int, stage: Stage) -> Sample:
@@ -145,10 +145,11 @@ def warmed(sampling: Sampling, to: float) -> Sampling:
     return msgspec.structs.replace(sampling, temperature=to)
 
 
-def refuse_aborted(samples: Sequence[Sample], rule: Feedback) -> None:
+def refuse_aborted(samples: Sequence[Sample], rule: Feedback, stage: Stage) -> None:
     """An episode out of time has no end, and so no reward: its group is asked elsewhere, or another
     one is."""
     if any(sample.finish == "aborted" for sample in samples):
+        stage.voices.counts["episode_abandoned"] += 1
         raise DataError(f"episode_abandoned: not over within {rule.seconds:g} s (feedback.seconds)")
 
 

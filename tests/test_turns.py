@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from common.audit_rule import facts_of
 from common.codec import Codec
 from common.config import RunConfig
 from common.episodes import Episode, Feedback
@@ -206,6 +207,7 @@ def test_a_group_solved_at_different_turns_teaches_something() -> None:
     group = make_group(rollouts=(talk(0), talk(1)))
     assert informative(group, "grpo", gamma=0.9)
     assert not informative(group, "grpo")
+    assert (facts_of(group, 0.9).uniform, facts_of(group).uniform) == (False, True)  # the auditor
     assert not informative(make_group(rollouts=(talk(1), talk(1))), "grpo", gamma=0.9)
     assert not informative(make_group(rollouts=(talk(None), talk(None))), "grpo", gamma=0.9)
 
