@@ -35,13 +35,13 @@ def dash(
     redis: str | None,
     metrics_only: bool,
 ) -> None:
-    """Show a run in the browser, live; RUN is its folder, which need not be there yet.
+    """Show a run in the browser, live; RUN is its folder, which need not be there yet, or one
+    that holds several runs. Without RUN and --redis it is `runs`.
 
     There is no password: it listens on loopback only. From another machine:
     ssh -L 8080:127.0.0.1:PORT HOST.
     """
-    if run_folder is None and redis is None:
-        raise click.UsageError("give RUN, or --redis URL, or both")
+    from common.dash_runs import found
     from common.dash_server import Dashboard, is_loopback
     from common.dash_state import Watch
 
@@ -50,7 +50,12 @@ def dash(
             f"--host {host}: the page has no password and shows what the model is asked and says, "
             "so it stays on loopback; reach it by ssh -L, or add --allow-remote"
         )
-    with Dashboard(Watch(run_folder, redis), host, port, metrics_only) as server:
+    folder = Path("runs") if run_folder is None and redis is None else run_folder
+    several = folder is not None and (folder == Path("runs") or bool(found(folder)))
+    if several and redis is not None:
+        raise click.UsageError(f"{folder} holds several runs: --redis goes with one of them")
+    what = folder if several and folder is not None else Watch(folder, redis)
+    with Dashboard(what, host, port, metrics_only) as server:
         click.echo(f"{server.url}{'metrics' if metrics_only else ''}")
         signal.signal(signal.SIGTERM, _end)
         with contextlib.suppress(KeyboardInterrupt):

@@ -7,8 +7,10 @@
     /metrics        Prometheus' text
     /healthz        that the server lives
 
-Nothing can be changed through it. A request under a name that is not ours is refused on loopback:
-a stranger's page that points its own name at 127.0.0.1 could read along otherwise. The page loads
+For a folder of runs / is their list, and all but /healthz is behind /NAME.
+
+Nothing can be changed through it. A request under a name that is not ours is refused on loopback: a
+stranger's page that points its own name at 127.0.0.1 could read along otherwise. The page loads
 nothing from anywhere and runs no code but its own, by its Content-Security-Policy.
 """
 
@@ -25,11 +27,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
-from common import prometheus
+from common import dash_runs, prometheus
 from common.dash_state import Watch
 from common.errors import ConfigError
 
@@ -41,6 +43,9 @@ IDLE_S = 30.0  # a connection that says nothing is closed
 class Reply(NamedTuple):
     kind: str  # Content-Type
     body: bytes
+
+
+Routes = dict[str, Callable[[], Reply]]
 
 
 def is_loopback(host: str) -> bool:
@@ -58,26 +63,55 @@ class Dashboard(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, watch: Watch, host: str, port: int, metrics_only: bool = False) -> None:
+    def __init__(
+        self, watch: Watch | Path, host: str, port: int, metrics_only: bool = False
+    ) -> None:
+        """`watch`: one run, or a folder of them."""
         self.guarded = is_loopback(host)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.routes: dict[str, Callable[[], Reply]] = {
-            "/metrics": lambda: Reply(prometheus.CONTENT_TYPE, watch.metrics().encode()),
+        self._document, self.policy = document()
+        self._metrics_only = metrics_only
+        self._folder = watch if isinstance(watch, Path) else None
+        self._runs: dict[str, Routes] = {}
+        self.routes: Routes = {
             "/healthz": lambda: Reply("text/plain; charset=utf-8", b"ok\n"),
+            **(self._list(watch) if isinstance(watch, Path) else self._of(watch)),
         }
-        self.policy = "default-src 'none'"
-        if not metrics_only:
-            page, self.policy = document()
-            self.routes |= {
-                "/": lambda: Reply("text/html; charset=utf-8", page),
-                "/api/status": lambda: _json(watch.status()),
-                "/api/series": lambda: _json(watch.series()),
-                "/api/rollouts": lambda: _json(watch.rollouts()),
-            }
         try:
             super().__init__((host, port), Answer)
         except (OSError, OverflowError) as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error}") from None
+
+    def route(self, path: str) -> Callable[[], Reply] | None:
+        """Who answers to a path; None: nobody."""
+        found = self.routes.get(path)
+        if found is not None or self._folder is None:
+            return found
+        name, slash, rest = unquote(path[1:]).partition("/")
+        if name not in dash_runs.found(self._folder):
+            return None
+        if name not in self._runs:
+            self._runs[name] = self._of(Watch(self._folder / name))
+        return self._runs[name].get(f"{slash}{rest}")
+
+    def _list(self, folder: Path) -> Routes:
+        style = (HERE / "page.css").read_text(encoding="utf-8")
+        return {"/": lambda: Reply("text/html; charset=utf-8", dash_runs.page(folder, style))}
+
+    def _of(self, watch: Watch) -> Routes:
+        """One run's."""
+        numbers: Routes = {
+            "/metrics": lambda: Reply(prometheus.CONTENT_TYPE, watch.metrics().encode())
+        }
+        if self._metrics_only:
+            return numbers
+        return {
+            **numbers,
+            "/": lambda: Reply("text/html; charset=utf-8", self._document),
+            "/api/status": lambda: _json(watch.status()),
+            "/api/series": lambda: _json(watch.series()),
+            "/api/rollouts": lambda: _json(watch.rollouts()),
+        }
 
     def server_bind(self) -> None:
         """Without a look at the name service, which HTTPServer would ask for our name."""
@@ -108,7 +142,7 @@ class Answer(BaseHTTPRequestHandler):
                 HTTPStatus.FORBIDDEN, _words("this page answers to names of loopback only\n")
             )
             return
-        route = self.server.routes.get(urlsplit(self.path).path)
+        route = self.server.route(urlsplit(self.path).path)
         if route is None:
             self._send(HTTPStatus.NOT_FOUND, _words("there is nothing here\n"))
             return

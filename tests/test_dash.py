@@ -45,11 +45,11 @@ Get = Callable[..., http.client.HTTPResponse]
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[Watch], Dashboard]]:
+def serve() -> Iterator[Callable[[Watch | Path], Dashboard]]:
     """Dashboards on loopback that answer until the test ends."""
     servers: list[Dashboard] = []
 
-    def start(watch: Watch, metrics_only: bool = False) -> Dashboard:
+    def start(watch: Watch | Path, metrics_only: bool = False) -> Dashboard:
         servers.append(Dashboard(watch, "127.0.0.1", 0, metrics_only))
         threading.Thread(target=servers[-1].serve_forever, args=(0.02,), daemon=True).start()
         return servers[-1]
@@ -112,6 +112,25 @@ def test_what_was_seen_is_not_sent_again(
     _, headers, _ = get(server, "/api/series")
     code, _, body = get(server, "/api/series", If_None_Match=headers["ETag"])
     assert (code, body) == (304, b"")
+
+
+def test_a_folder_of_runs_is_a_list_of_pages(
+    tmp_path: Path, serve: Callable[[Watch | Path], Dashboard]
+) -> None:
+    server = serve(tmp_path)
+    assert b"no run in" in get(server, "/")[2]
+    for name in ("a", "<b>&"):
+        (tmp_path / name).mkdir()
+        a_run(tmp_path / name)
+    text = get(server, "/")[2].decode()
+    assert '<a href="/%3Cb%3E%26/">&lt;b&gt;&amp;</a>' in text
+    assert "12/60" in text
+    for name in ("a", "%3Cb%3E%26"):
+        assert get(server, f"/{name}/")[0] == 200
+        assert json.loads(get(server, f"/{name}/api/status")[2])["step"] == STEPS
+        assert b"isentrope_step_reward" in get(server, f"/{name}/metrics")[2]
+    for path in ("/none/api/status", "/../a/api/status", "/a%2F..%2Fa/", "/a/api/none", "/metrics"):
+        assert get(server, path)[0] == 404, path
 
 
 # ---- what it survives ----------------------------------------------------------------------------

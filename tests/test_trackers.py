@@ -42,17 +42,21 @@ def records(data, block=32768, at=7):  # the format of LevelDB's log behind seve
             yield whole
             whole = b""
 
-facts = {"rows": [], "run": {}, "config": {}}
-for data in records(Path(sys.argv[1]).read_bytes()):
-    record = pb.Record()
-    record.ParseFromString(data)
-    for item in record.run.config.update:
-        facts["config"][item.key] = json.loads(item.value_json)
-    if record.run.run_id:
-        facts["run"] = {"id": record.run.run_id, "project": record.run.project}
-    row = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
-    facts["rows"] += [row] if row else []
-print(json.dumps(facts))
+def life(path):
+    facts = {"rows": [], "run": {}, "config": {}}
+    for data in records(Path(path).read_bytes()):
+        record = pb.Record()
+        record.ParseFromString(data)
+        for item in record.run.config.update:
+            facts["config"][item.key] = json.loads(item.value_json)
+        if record.run.run_id:
+            facts["run"] = {"id": record.run.run_id, "project": record.run.project}
+        items = record.history.item
+        row = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
+        facts["rows"] += [row] if row else []
+    return facts
+
+print(json.dumps([life(path) for path in sys.argv[1:]]))
 """
 
 
@@ -71,7 +75,7 @@ def test_every_life_of_a_run_is_written_under_its_id_without_its_secrets(tmp_pat
     (folder / "recipe.toml").write_text('[run]\nredis = "redis://:secret@host"\nseed = 3\n')
     assert "secret" not in python(WRITE.format(folder=str(folder)))
     files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
-    lives = [json.loads(python(READ, str(file)).splitlines()[-1]) for file in files]
+    lives = json.loads(python(READ, *map(str, files)).splitlines()[-1])
     rows = [row for life in lives for row in life["rows"]]
     assert [row["step"] for row in rows] == [1, 2]
     assert {(row["reward"], row["lag/0"]) for row in rows} == {(0.25, 3)}
