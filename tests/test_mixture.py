@@ -10,13 +10,18 @@ from typing import Any
 import pytest
 
 from common import recipe
+from common.config import RunConfig
 from common.errors import ConfigError, DataError
 from learner.config import LearnerConfig
+from learner.item import Item
+from learner.origin import of_answers
 from learner.prompts.config import PromptsConfig
 from learner.prompts.mixture import BLOCK, Mixture, quotas
 from learner.prompts.source import open_source
 from learner.prompts.stream import Prompts
+from learner.step import make_state, train_step
 from tests import chat_model
+from tests.builders import make_group, make_ticket
 
 SUMS = [{"prompt": f"{i}+{i}?", "answer": f"{2 * i}"} for i in range(40)]
 WORDS = [{"question": f"Spell {i}!", "gold": f"w{i}"} for i in range(60)]
@@ -196,3 +201,20 @@ def test_a_frozen_mixture_reads_back_as_the_same(tmp_path: Path) -> None:
     again = recipe.load(str(frozen), {"learner": LearnerConfig})["learner"]
     assert isinstance(again, LearnerConfig)
     assert again.prompts == given
+
+
+def test_the_metrics_tell_of_every_source_and_a_step_of_its_entropy(tmp_path: Path) -> None:
+    given = LearnerConfig(prompts=config(tmp_path), threads=1, lr=1e-4)
+    groups = [
+        make_group([1, 0], ticket=1, source="sums"),
+        make_group([0, 0], ticket=2, source="spelling"),
+        make_group([0, 1, 1], ticket=3, source="sums"),
+    ]
+    told = of_answers(groups, given)
+    assert told["sources/sums"]["correct"] == pytest.approx(3 / 5)
+    assert told["sources/spelling"] == {"groups": 1.0, "correct": 0.0, "length": 3.5}
+    items = [Item(make_ticket(id=g.ticket, n=len(g.rollouts)), g) for g in groups]
+    metrics = train_step(make_state(RunConfig(), given), items, given).metrics
+    every = [metrics[f"sources/{name}"]["entropy"] for name in ("sums", "spelling")]  # type: ignore[index]
+    assert min(every) <= metrics["entropy"] <= max(every)
+    assert of_answers(groups, LearnerConfig(threads=1)) == {}, "one source has no line of its own"
