@@ -59,7 +59,7 @@ def test_isentrope_synth_lists_the_pool_and_every_way_with_its_reason(finished: 
     facts = json.loads(CliRunner().invoke(synth, [str(finished), "--json"]).output)
     assert f"{facts['proposals']} proposals" in said.output
     moves = {(move["from"], move["to"]): move["problems"] for move in facts["moves"]}
-    assert moves["proposed", "extracted"] == moves["extracted", "labelled"]
+    assert moves["proposed", "extracted"] >= moves["extracted", "labelled"] > 0
     assert sum(facts["states"].values()) == facts["proposals"]
     one = next(problem for problem in facts["problems"] if problem["p"] is not None)
     assert one["text"] in said.output
