@@ -137,7 +137,7 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     timings: dict[str, float] = {}
     flaws: tuple[str, ...] = ()  # why each hint was given …
     clean: bool = True  # … and whether nothing was found any more after the last one
-    events: dict[str, int] = {}  # what went wrong with those who were asked about it, by name
+    events: dict[str, int] = {}  # what happened on the way, by name: feedback_slow, no_room, …
 
     @property
     def length(self) -> int:
