@@ -161,7 +161,7 @@ async def test_a_later_part_may_abstain(pool: Pool) -> None:
     [
         ("python:our_graders:missing", "no grader"),
         ("python:no_such_module:f", "no grader"),
-        ("nonsense", "give exact, numeric, math_verify, reasoning_gym, or python:MODULE:FUNCTION"),
+        ("nonsense", "give exact, numeric, math_verify, reasoning_gym, format, or python:"),
         ("python:our_graders:short", "must return a list of 2 scores"),
     ],
 )
