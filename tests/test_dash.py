@@ -11,25 +11,21 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 import redis
 from matplotlib.image import imread
 
 from common import prometheus, status, wire
 from common.dash_rollouts import MOST_CHARACTERS, OTHERS, Latest
-from common.dash_series import MOST_BARS, MOST_POINTS, Series
 from common.dash_server import Dashboard
 from common.dash_state import Watch
 from common.errors import ConfigError
 from common.journal import Journal
-from common.metrics import GLOSSARY
 from common.records import Admit, Issue, Open
 from common.runfolder import RunFolder
 from common.softstate import SoftState
@@ -103,6 +99,14 @@ def test_status_curves_and_fates_of_a_run_are_served(
     assert series["curves"]["heldout"] == {"x": [0], "y": [0.45]}
     assert series["curves"]["entropy_realised"]["x"] == [10]
     assert series["fates"]["zero_variance"] == list(range(1, STEPS + 1))
+
+
+def test_metrics_are_served_in_prometheus_format(
+    tmp_path: Path, serve: Callable[[Watch], Dashboard]
+) -> None:
+    code, headers, body = get(serve(Watch(a_run(tmp_path))), "/metrics")
+    assert (code, headers["Content-Type"]) == (200, prometheus.CONTENT_TYPE)
+    assert b"\nisentrope_step_reward 0.76\n" in body
 
 
 def test_what_was_seen_is_not_sent_again(
@@ -208,60 +212,6 @@ def test_nothing_is_written_to_redis(tmp_path: Path, redis_url: str) -> None:
     called = {name for name in after if after[name] != before.get(name)}
     assert called <= {f"cmdstat_{c}" for c in ("scan", "mget", "info", "hello", "select", "client")}
     soft.close()
-
-
-# ---- metrics.jsonl -------------------------------------------------------------------------------
-
-
-def line(step: int, **values: Any) -> bytes:
-    return json.dumps({"step": step, "reward": step / 10, **values}).encode() + b"\n"
-
-
-def test_a_cut_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(line(1) + line(2)[:9])
-    series = Series(path)
-    series.refresh()
-    assert series.curves()["reward"].x == [1]
-    path.write_bytes(line(1) + line(2) + b"{nonsense}\n[]\n" + b'{"step": "x"}\n' + line(3))
-    series.refresh()
-    assert series.curves()["reward"].x == [1, 2, 3]
-
-
-def test_the_last_line_of_a_step_counts_and_a_resume_is_read_anew(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(line(1) + line(2) + line(2, heldout=0.5) + line(0, reward=None))
-    series = Series(path)
-    series.refresh()
-    assert series.curves()["heldout"] == ([2], [0.5])
-    assert list(series.steps) == [0, 1, 2]
-    aside = tmp_path / "aside"
-    aside.write_bytes(line(1, reward=9.0))
-    aside.replace(path)
-    series.refresh()
-    assert series.curves() == {"reward": ([1], [9.0])}
-
-
-def test_a_long_run_is_thinned_to_what_a_picture_can_show(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    extra = {
-        "dropped": {"stale": 1},
-        "groups": 4,
-        "lag": {"0": 1, "1": 3},
-        "ratio": {"0": 2, "1": 1},
-    }
-    path.write_bytes(b"".join(line(step, **extra) for step in range(1, 20_001)))
-    series = Series(path)
-    shares = [series.refresh()]
-    while shares[-1] < 1.0:
-        shares.append(series.refresh())
-    assert shares == sorted(shares)
-    reward, ratio = (series.curves()[name] for name in ("reward", "ratio"))
-    assert len(reward.x) == MOST_POINTS
-    assert reward.x[-1] == 20_000
-    assert abs(float(np.mean(reward.y)) - 1000.05) < 0.1
-    assert set(ratio.y) == {1.25}
-    assert len(series.fates()["step"]) == MOST_BARS
 
 
 # ---- the last rollouts ---------------------------------------------------------------------------
@@ -401,54 +351,6 @@ def test_the_command_serves_until_sigterm_and_imports_no_torch(tmp_path: Path) -
     process.terminate()
     rest, _ = process.communicate(timeout=20)
     assert (process.returncode, rest.strip()) == (0, "set()")
-
-
-# ---- Prometheus ----------------------------------------------------------------------------------
-
-
-def families(text: str) -> dict[str, Any]:
-    parser = pytest.importorskip("prometheus_client.parser")
-    return {family.name: family for family in parser.text_string_to_metric_families(text)}
-
-
-def test_prometheus_reads_every_number_with_its_meaning(
-    tmp_path: Path, serve: Callable[[Watch], Dashboard]
-) -> None:
-    code, headers, body = get(serve(Watch(a_run(tmp_path))), "/metrics")
-    assert code == 200
-    assert "version=0.0.4" in headers["Content-Type"]
-    found = families(body.decode())
-    reward = found["isentrope_step_reward"]
-    assert (reward.documentation, reward.type) == (GLOSSARY["reward"], "gauge")
-    assert reward.samples[0].value == pytest.approx(0.76)
-    lags = {s.labels["lag"]: s.value for s in found["isentrope_step_lag"].samples}
-    assert lags == {"0": 200, "1": 50}
-    tickets = {tuple(s.labels.values()): s.value for s in found["isentrope_tickets"].samples}
-    assert tickets["main", "zero_variance"] == 300
-    assert {s.labels["actor"] for s in found["isentrope_actor_tokens_per_s"].samples} == {
-        "actor-0",
-        "actor-1",
-    }
-    assert found["isentrope_learner_up"].samples[0].value == 1
-
-
-def test_every_metric_of_the_glossary_has_a_place_in_prometheus() -> None:
-    table = {"0": 1.0, "1/up": -2.5, 'odd "name"\\\n': 3}
-    line: dict[str, Any] = {name: 0.25 for name in GLOSSARY if not name.endswith("/")}
-    line |= dict.fromkeys((*prometheus.BY_LAG, "dropped", "agreement"), table)
-    line |= {"methods/isentropic/target": 0.3, "heldout": None, "unheard_of": 1.0}
-    found = families(prometheus.text(a_troubled_status(), line, time.time()))
-    wanted = {n for n in line if n in GLOSSARY and n not in {*prometheus.SKIPPED, "heldout"}}
-    assert {f"isentrope_step_{name}" for name in wanted} <= found.keys()
-    method = found["isentrope_step_methods"].samples[0]
-    assert method.labels == {"name": "isentropic", "number": "target"}
-    reasons = {sample.labels["reason"] for sample in found["isentrope_step_dropped"].samples}
-    assert 'odd "name"\\\n' in reasons
-
-
-def test_a_run_that_has_not_begun_is_down_in_prometheus(tmp_path: Path) -> None:
-    found = families(Watch(tmp_path / "gone").metrics())
-    assert found["isentrope_learner_up"].samples[0].value == 0
 
 
 # ---- in a real browser ---------------------------------------------------------------------------
