@@ -269,7 +269,8 @@ class _Auditor:
             )
             worst, allowed = life.facts.lag(t), allowed_lag(life.kind, self._config)
             self._expect(worst <= allowed, f"{name} has lag {worst}; max_lag is {allowed}")
-            self._lags.update(max(0, t - version) for version in life.facts.oldest)
+            if life.kind != "propose":  # they have a limit of their own
+                self._lags.update(max(0, t - version) for version in life.facts.oldest)
             life.fate, life.step = "trained", t
             self._leave(id_)
 
