@@ -200,7 +200,9 @@ def test_a_result_is_admitted_from_the_one_who_has_the_key_only(tmp_path: Path) 
         friend.hello(1)
         grant = friend.grants(1)[0]
         assert friend.answer(grant) == "ack"
-        stranger.say(result(grant.ticket))
+        with contextlib.suppress(zmq.Again):  # nowhere to send to: that is as good
+            frame = stranger.codec.encode(result(grant.ticket))
+            stranger.socket.send(frame, zmq.NOBLOCK)
         assert not stranger.socket.poll(NOTHING_MS)
         assert counter.desk.look(lambda: [a.name for a in counter.desk.actors.values()]) == ["a"]
     finally:
