@@ -16,6 +16,8 @@ from common.records import Ready, Step
 from common.synth_cli import synth
 from tests import runs
 
+pytestmark = pytest.mark.timeout(300)  # two real runs, on a machine that may be busy
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
