@@ -92,7 +92,7 @@ NEUTRAL = (
     Setting("top_entropy", (TopEntropy(keep=1.0),)),
     Setting("entropy_advantage", (EntropyAdvantage(alpha=0.0),)),
     Setting("random_drop", (RandomDrop(ratio=0.0),)),
-    Setting("isentropic", (Isentropic(spread=0.0, price_max=0.0, lambda_max=0.0, bonus_max=0.0),)),
+    Setting("isentropic", (Isentropic(price_max=0.0, lambda_max=0.0, bonus_max=0.0),)),
 )
 
 # Next to the neutral knob: the method runs, and does nothing that float32 could tell.

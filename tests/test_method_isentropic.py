@@ -65,8 +65,7 @@ def own_changes(table: Table) -> Tensor:
 
 
 def holding(target: float, **knobs: Any) -> Isentropic:
-    """Without a spread, unless told otherwise."""
-    return Isentropic(target=target, unit="nats", **{"spread": 0.0, **knobs})
+    return Isentropic(target=target, unit="nats", **knobs)
 
 
 def entropy(table: Table) -> float:
@@ -225,23 +224,13 @@ def test_entropy_moves_from_right_answers_to_lost_tokens() -> None:
     found = answer(holding(1.0, spread=1.0, sharpen=0.3, **knobs), t)
     assert found.bonus == 1.0
     assert found.where is not None
-    each = 0.05 * 7 / 2  # two tokens of seven get together what one in twenty would
-    assert found.where.tolist() == pytest.approx([-0.3] * 3 + [0.0, 0.0] + [each] * 2)
-    square = t.logp.exp() * (t.H + t.logp).square()
-    assert found.numbers["push"] == pytest.approx(float((found.where * square).mean()), rel=1e-5)
-    alone = replace(t, advantage=t.advantage.abs())  # nothing is lost: nothing is taken
-    found = answer(holding(1.0, spread=1.0, **knobs), alone)
-    assert found.where is not None
-    assert not found.where.any()
-
-
-def test_the_spread_is_taken_back_where_the_entropy_heads_above_the_target() -> None:
-    t = two_answers()
-    few = 0.05 * 7 / 2
-    for error, spread in ((0.5, few), (0.0, few), (-0.2, 0.4 * few), (-0.9, -few)):
-        share = 1 / (1 - error)  # error = (target - H) / target
-        found = answer(holding(share * entropy(t), spread=1.0), t)
-        assert found.numbers["spread"] == pytest.approx(spread, rel=1e-4), error
+    assert found.where.tolist() == pytest.approx([-0.3] * 3 + [0.0, 0.0] + [1.0] * 2)
+    assert found.numbers["lost"] == pytest.approx(2 / 7)
+    above = answer(holding(0.01, spread=1.0), t)  # where the rest of it rests
+    assert above.numbers["active"] == 0
+    assert above.where is not None
+    assert torch.equal(above.where, found.where)
+    assert answer(holding(9.0, spread=1.0, mode="ceiling"), t).where is None
 
 
 # ---- the three modes ---------------------------------------------------------------------------
@@ -357,7 +346,7 @@ def test_the_gain_stays_positive_and_moves_only_when_predictions_vary() -> None:
 
 def test_without_weights_and_bonus_it_is_the_empty_list_bit_for_bit() -> None:
     plain = bits(train([], realised_every=1)[0])
-    off = Isentropic(spread=0.0, price_max=0.0, lambda_max=0.0, bonus_max=0.0)
+    off = Isentropic(price_max=0.0, lambda_max=0.0, bonus_max=0.0)
     assert off.neutral
     assert bits(train([off], realised_every=1)[0]) == plain
     high = holding(1e-6)  # far below: a floor that has nothing to do

@@ -15,9 +15,9 @@ OPEFO's balance makes both cancel: raising tokens weigh 1 + λ, lowering ones 1 
 three means supply it, the one that costs the least reward first, each bounded:
 
     price    of entropy, p: a choice's advantage A becomes A + p F.  Push: η p q F²
-    weights  λ = clip((ΔH* + down - up - other pushes) / (up + down), ±lambda_max)
-    bonus    b on every token's own entropy.  Push, and that of the spread: η b Σ_v S_v², of which
-             q (H + ln q)² is an unbiased estimate from the token sampled
+    weights  λ = clip((ΔH* + down - up - price's push) / (up + down), ±lambda_max)
+    bonus    b on every token's own entropy.  Push: η b Σ_v S_v², of which q (H + ln q)² is an
+             unbiased estimate from the token sampled
 
 The price leaves alone what is learned within an answer, a λ near 1 silences half of it, and a bonus
 makes sure tokens unsure.
@@ -50,9 +50,6 @@ _NEAR = 0.3  # error, as a share of the target, within which it is integrated
 _LEAK = 0.95  # of the integral, a step, while there is nothing to do
 _FAR = 0.3  # … and to which a larger one is cut: haste overshoots, and down is slower than up
 _SMOOTH = 0.5  # weight of the past in the entropy whose slope says where it is heading
-_FEW = 0.05  # share of lost tokens beyond which each gets less: many of them need little
-_LEAKS = 4.0  # what is spread, a token of right answers, is taken from there so many times
-_TAKEN = 3.0  # spread taken back, a target of entropy above it; all of it and as much again at most
 _BEND = 3.0  # a price changes no advantage by more than so many times itself
 
 
@@ -80,7 +77,8 @@ class Answer(NamedTuple):
 class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
     """`mode`: what is forbidden to the entropy
 
-        floor     to fall below the target. Above it (and a brake zone) this is plain GRPO; λ >= 0
+        floor     to fall below the target. Above it (and a brake zone) this is plain GRPO, but for the
+                  spread; λ >= 0
         hold      to leave the target, either way
         ceiling   to rise above it: the mirror image of floor, by weights alone
 
@@ -96,8 +94,8 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
     mode: Literal["floor", "hold", "ceiling"] = "floor"
     preset: Literal["opefo"] | None = None
     changes: tuple[tuple[NaturalInt, Positive], ...] = ()  # (step, target from that step on)
-    spread: NotNegative = 1.0  # coefficient of the bonus on lost tokens; 0: no sharpening either
-    sharpen: NotNegative = 0.3  # at most, of right answers' tokens
+    spread: NotNegative = 0.0  # coefficient of the bonus on lost tokens; 0: no sharpening either
+    sharpen: NotNegative = 0.3  # coefficient against the entropy of right answers' tokens
     price_max: NotNegative = 3.0
     lambda_max: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     bonus_max: NotNegative = 1.0
@@ -140,12 +138,14 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         flows = _flows(change + led)
         numbers |= {"up": flows.up, "down": flows.down, "paths": float(led.double().sum())}
         heading = target - self._heading(state, entropy)
-        if flows.both == 0 or self._is_idle(heading / target):
-            return Governed(numbers=numbers | {"lambda": 0.0, "saturated": 0.0, "active": 0.0})
+        idle = Governed(numbers=numbers | {"lambda": 0.0, "saturated": 0.0, "active": 0.0})
+        if flows.both == 0:
+            return idle
+        if self._is_idle(heading / target):
+            return self._spread(idle, table, at)
         near = min(max(heading, -_FAR * target), _FAR * target)
         numbers["wanted"] = self._wanted(near, flows, entropy, state)
-        where = self._spread(table, at, heading / target, numbers)
-        return self._answer(table, c, ahead, flows, where, numbers)
+        return self._spread(self._answer(table, c, ahead, flows, numbers), table, at)
 
     def target_at(self, step: int) -> float:
         """In the method's unit."""
@@ -182,46 +182,31 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         change = self.p_gain * error + state["integral"] - gain.drift * entropy
         return float(change / gain.slope * flows.both / entropy) if entropy > 0 else 0.0
 
-    def _spread(
-        self, table: Table, at: Tensor, error: float, numbers: dict[str, float]
-    ) -> Tensor | None:
-        """[T]: coefficients of the tokens' entropy bonus; None: none. `error`: in targets."""
+    def _spread(self, found: Governed, table: Table, at: Tensor) -> Governed:
+        """The same answer, with entropy moved to lost tokens."""
         from learner.methods.prefixes import lost
 
         if not self.spread or self.mode == "ceiling":
-            return None
+            return found
         there, right = lost(table, at), table.main & (table.advantage > 0)
+        where = self.spread * there.float() - self.sharpen * right.float() + found.bonus
         share = int(there.sum()) / int(table.main.sum())
-        spread = self.spread * min(max(1 + _TAKEN * error, -1.0), 1.0)
-        spread *= min(1.0, _FEW / share) if share else 0.0
-        # as much as can leak, and no more: without lost tokens right ones are left alone
-        moved = max(spread, 0.0) * int(there.sum()) / max(1, int(right.sum()))
-        sharpen = min(self.sharpen, _LEAKS * moved)
-        numbers |= {"spread": spread, "sharpen": sharpen, "lost": share}
-        return spread * there.float() - sharpen * right.float()
+        return Governed(found.weight, 1.0, where, dict(found.numbers) | {"lost": share})
 
     def _answer(
-        self,
-        table: Table,
-        c: Tensor,
-        ahead: Tensor,
-        flows: Flows,
-        where: Tensor | None,
-        numbers: dict[str, float],
+        self, table: Table, c: Tensor, ahead: Tensor, flows: Flows, numbers: dict[str, float]
     ) -> Governed:
         moves = table.main & (c != 0)  # what a clip stops, a price cannot move either
         q = table.logp.exp()
         by_price = _mean((q * ahead.square()).masked_fill(~moves, 0.0), table)
-        each = q * (table.H + table.logp).square()
-        by_bonus = _mean(each, table)
-        by_spread = 0.0 if where is None else _mean(where * each, table)
-        short = numbers["wanted"] + flows.down - flows.up - by_spread
+        by_bonus = _mean(q * (table.H + table.logp).square(), table)
+        short = numbers["wanted"] + flows.down - flows.up
         found = self._supply(short, by_price, flows.both, by_bonus)
         even = abs(found.left) <= 1e-6 * flows.both
         numbers |= {
             "price": found.price,
             "lambda": found.tilt,
-            "push": by_spread + found.price * by_price + found.bonus * by_bonus,
+            "push": found.price * by_price + found.bonus * by_bonus,
             "saturated": 0.0 if even else math.copysign(1.0, found.left),
             "active": 1.0,
         }
@@ -230,9 +215,7 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
             bend = (found.price * ahead / table.advantage).masked_fill(~moves, 0.0)
             tilt = found.tilt * flows.change.sign()
             weight = (1 + tilt + bend.clamp(-_BEND, _BEND)).float()
-        if where is None:
-            return Governed(weight, found.bonus, numbers=numbers)
-        return Governed(weight, 1.0, where + found.bonus, numbers)
+        return Governed(weight, found.bonus, numbers=numbers)
 
     def _supply(self, short: float, by_price: float, by_weights: float, by_bonus: float) -> Answer:
         """`by_…`: the predicted change from 1 of each, per unit of learning rate."""
