@@ -101,7 +101,8 @@ def page(shown: Sequence[Shown], title: str, colour: str, note: str) -> str:
 
 def _card(one: Shown) -> str:
     facts = "".join(
-        f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in one.facts
+        f"<div><dt>{html.escape(name)}</dt> <dd>{html.escape(value)}</dd></div>"
+        for name, value in one.facts
     )
     said = "".join(map(_turn, one.turns))
     return (
@@ -137,8 +138,7 @@ article {{ background: var(--card); border: 1px solid var(--line); border-radius
   margin-top: 1rem; padding: .8rem 1rem; }}
 h2 {{ font-size: .95rem; margin: 0; }}
 dl {{ display: flex; flex-wrap: wrap; gap: 0 1rem; margin: .2rem 0 .6rem; font-size: .82rem; }}
-dl dt {{ color: var(--soft); }}
-dl dd {{ margin: 0 .6rem 0 -.7rem; font-variant-numeric: tabular-nums; }}
+dt, dd {{ display: inline; margin: 0; }} dt {{ color: var(--soft); }}
 pre {{ margin: 0; white-space: pre-wrap; overflow-wrap: anywhere;
   font: 13px/1.7 ui-monospace, monospace; }}
 .prompt {{ color: var(--prompt); border-left: 3px solid var(--line); padding-left: .7rem;
