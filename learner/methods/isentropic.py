@@ -22,6 +22,11 @@ three means supply it, the one that costs the least reward first, each bounded:
 The price leaves alone what is learned within an answer, a λ near 1 silences half of it, and a bonus
 makes sure tokens unsure.
 
+Optional, off by default, and constant since it acts slowly: a `spread` on the entropy of tokens that
+are lost already, in wrong answers that have left every right one of their group; and `sharpen`
+against that of right answers' tokens, so that what lost ones learn does not leak into these.
+Entropy moves to where there is nothing to lose; the fit of the drift sees what that does.
+
 The controller wants a change a step of p_gain · e + ∫, e = target - H as it is heading, the
 integral i_gain · Σ e at rest while the answer is saturated or the target far away. Adam and shared
 weights rescale predictions, so they are taken as a share of both flows, and what a share is worth,
@@ -66,7 +71,7 @@ class Flows(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """How much of each means but the spread, and the wanted change that none of them supplies."""
+    """How much of each means, and the wanted change that none of them supplies."""
 
     price: float
     tilt: float
@@ -77,8 +82,8 @@ class Answer(NamedTuple):
 class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
     """`mode`: what is forbidden to the entropy
 
-        floor     to fall below the target. Above it (and a brake zone) this is plain GRPO, but for the
-                  spread; λ >= 0
+        floor     to fall below the target. Above it (and a brake zone) this is plain GRPO (but
+                  for a spread); the answer only ever raises entropy (λ >= 0)
         hold      to leave the target, either way
         ceiling   to rise above it: the mirror image of floor, by weights alone
 
