@@ -22,10 +22,10 @@ three means supply it, the one that costs the least reward first, each bounded:
 The price leaves alone what is learned within an answer, a λ near 1 silences half of it, and a bonus
 makes sure tokens unsure.
 
-Optional, off by default, and constant since it acts slowly: a `spread` on the entropy of tokens that
-are lost already, in wrong answers that have left every right one of their group; and `sharpen`
-against that of right answers' tokens, so that what lost ones learn does not leak into these.
-Entropy moves to where there is nothing to lose; the fit of the drift sees what that does.
+Optional, off by default, and constant since it acts slowly: a `spread` on the entropy of tokens
+that are lost already, in wrong answers that have left every right one of their group; and
+`sharpen` against that of right answers' tokens, so that what lost ones learn does not leak into
+these. Entropy moves to where there is nothing to lose; the drift's fit sees what that does.
 
 The controller wants a change a step of p_gain · e + ∫, e = target - H as it is heading, the
 integral i_gain · Σ e at rest while the answer is saturated or the target far away. Adam and shared
