@@ -97,7 +97,8 @@ def test_a_password_file_takes_the_place_of_a_password_in_the_address(
 def test_a_run_writes_its_password_nowhere(guarded: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     address = f'"redis://{USER}:{PASSWORD}@{guarded}"'
-    small = {"learner__steps": "2", "learner__eval__problems": "4"}
+    small = {"learner__steps": "2", "learner__groups_per_step": "2"}
+    small |= {"learner__eval__first": "false", "learner__eval__last": "false"}
     runs.run(folder, recipe="scripted", run__redis=address, **small)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"recipe.toml", "status.json", "metrics.jsonl", "learner.log"} <= {p.name for p in files}
