@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from common.errors import DataError
-from learner.prompts.config import PromptsConfig
 from learner.prompts.chat import Renderer
+from learner.prompts.config import PromptsConfig
 from learner.prompts.source import Problem
 from learner.prompts.stream import Prompts
 from tests import chat_model
