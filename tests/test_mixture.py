@@ -178,7 +178,7 @@ def test_two_sources_of_one_name_are_refused(tmp_path: Path) -> None:
         (("weight = 3", "weight = 2000"), "sources[0].weight = 1: less than a thousandth"),
         (('path = "{sums}"', ""), "sources[0].path is empty"),
         (('grader = "exact"', 'grader = "exakt"'), "sources[1].grader: no grader 'exakt'"),
-        (('name = "spelling"', 'nam = "x"'), "sources[1].nam: unknown; did you mean"),
+        (('name = "spelling"', 'nme = "x"'), "sources[1].nme: unknown; did you mean"),
         (
             ("[learner.prompts]", '[learner.prompts]\npath = "x"'),
             "path: [[learner.prompts.sources]]",
