@@ -111,6 +111,9 @@ def begin_digest(shapes: Sequence[tuple[str, str, tuple[int, ...]]]) -> xxhash.x
 
 
 _STAMP = re.compile(rb"(\d{1,18}) (\d{1,18}) (\S{1,64})")
+_SERVED = re.compile(rb"\d{1,18} (tcp://[!-~]+:\d{1,5}|(?:ipc|inproc)://[!-~]+)")
+# what msgspec raises for bytes that are no manifest: text in them may be none, or nested too deep
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 _FENCE = """
 local held = (tonumber(redis.call('GET', KEYS[1]) or '0') or 0)
@@ -225,7 +228,7 @@ class Registry(SoftState):
             )
         try:
             return msgspec.msgpack.decode(raw, type=Manifest)
-        except msgspec.MsgspecError as error:
+        except _UNREADABLE as error:
             raise WeightsError(
                 f"the manifest of version {version} is unreadable: {error}"
             ) from None
@@ -236,7 +239,7 @@ class Registry(SoftState):
             raws = cast("list[bytes]", self.client.hvals(self.key("manifests")))
         found = []
         for raw in raws:
-            with suppress(msgspec.MsgspecError):
+            with suppress(*_UNREADABLE):
                 found.append(msgspec.msgpack.decode(raw, type=Manifest))
         return sorted(found, key=lambda manifest: manifest.version)
 
@@ -266,7 +269,8 @@ class Registry(SoftState):
         """The endpoint at which the newest learner serves its blobs; None: nobody does."""
         with self.asking("say where blobs are served"):
             raw = cast("bytes | None", self.client.get(self.key("served")))
-        return raw.decode(errors="replace").partition(" ")[2] if raw is not None else None
+        found = _SERVED.fullmatch(raw or b"")
+        return found[1].decode() if found else None
 
     def want_full(self, version: int) -> None:
         """Ask the learner for this version, whole: its patches cannot be used."""

@@ -105,7 +105,7 @@ class ServedStore:
                     (frame,) = frames
                     head, body = self._answer(decoder.decode(frame))
                     socket.send_multipart([peer, head, body], zmq.NOBLOCK, copy=False)
-                except (ValueError, msgspec.MsgspecError) as error:
+                except (ValueError, RecursionError, msgspec.MsgspecError) as error:
                     self._refuse("malformed", error)
                 except zmq.ContextTerminated:
                     raise

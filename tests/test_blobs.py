@@ -154,6 +154,10 @@ def test_a_learner_that_went_silent_is_given_up_with_what_is_there(
     closing(store)
     with pytest.raises(WeightsError, match="no learner serves blobs"):
         pulled(store)
+    for junk in (b"\xff", b"1 ", b"1 tcp://127.0.0.1", b"1 nowhere:7"):  # memory may be damaged
+        registry.client.set(registry.key("served"), junk)
+        with pytest.raises(WeightsError, match="no learner serves blobs"):
+            pulled(store)
     registry.serve(1, f"tcp://127.0.0.1:{free_port}")
     with pytest.raises(DeadlineError, match=rf"nothing of blob big for 0.2 s; 0 of {SIZE} bytes"):
         pulled(store)
@@ -176,7 +180,8 @@ def test_frames_that_are_no_asks_are_counted_and_the_others_answered(
     dealer = connect_dealer(context, served.endpoint)
     beyond = ENCODER.encode(Ask(key="big", at=0, size=CHUNK + 1))
     below = ENCODER.encode(Ask(key="big", at=-1, size=1))
-    bad = [b"", b"\xc1", msgspec.msgpack.encode({"key": 7}), beyond, below]
+    deep = b"\x81\xa1x" + b"\x91" * 8_000 + b"\xc0"  # lists in lists, in a field that nobody knows
+    bad = [b"", b"\xc1", msgspec.msgpack.encode({"key": 7}), beyond, below, deep]
     for frame in bad:
         dealer.send(frame)
     dealer.send_multipart([b"two", b"frames"])

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import redis
 
@@ -97,9 +98,13 @@ def test_a_newer_learner_may_replace_what_its_predecessor_published(registry: Re
 def test_a_missing_or_unreadable_manifest_is_one_clear_error(registry: Registry) -> None:
     with pytest.raises(WeightsError, match="version 9 has no manifest"):
         registry.manifest(9)
-    registry.client.hset(registry.key("manifests"), "9", b"\xc1")
-    with pytest.raises(WeightsError, match="version 9 is unreadable"):
-        registry.manifest(9)
+    flipped = msgspec.msgpack.encode(made(9)).replace(b"d9", b"\xff9")  # no text any more
+    deep = b"\x81\xa1x" + b"\x91" * 8_000 + b"\xc0"
+    for damaged in (b"\xc1", flipped, deep):
+        registry.client.hset(registry.key("manifests"), "9", damaged)
+        with pytest.raises(WeightsError, match="version 9 is unreadable"):
+            registry.manifest(9)
+        assert registry.manifests() == []
 
 
 def test_a_hint_wakes_whoever_waits_and_its_absence_costs_only_the_timeout(
