@@ -66,6 +66,7 @@ T = TypeVar("T")
 DRAIN_MESSAGES = 64  # at most so many messages a turn, so that commits stay frequent
 COPIED_BYTES = 8192  # ZeroMQ reads so many at once; a view of a smaller message would hold them all
 MOST_CREDIT = 4096  # of one actor: its grants and answers fit the socket's queue several times
+MOST_STAT = 2.0**53  # of a number in a heartbeat; what is none, or beyond, is left out
 TURN_MS = 200  # a turn comes at least so often, for leases and pulses
 STOOD_STILL_S = 2.0  # a longer gap between two turns means that this process itself was stopped
 
@@ -295,7 +296,8 @@ class Desk:
         match message:
             case Heartbeat():
                 actor.capacity, actor.version = message.capacity, message.version
-                actor.stats, actor.notes = message.stats, message.notes
+                actor.stats = {k: v for k, v in message.stats.items() if abs(v) < MOST_STAT}
+                actor.notes = message.notes
                 self._leases.renew(message.held, peer, now)
             case Group():
                 self._result(peer, actor, message, frame)

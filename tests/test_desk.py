@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -18,6 +20,7 @@ from common.codec import Codec
 from common.failpoints import Failpoint
 from common.journal import Journal, read
 from common.records import Admit, AnyRecord, Drop, Issue, Open, Step
+from common.status import ActorStatus
 from learner.config import EvalConfig, LearnerConfig
 from learner.desk import Desk
 from learner.inbox import Selection
@@ -426,6 +429,22 @@ def test_garbage_is_counted_and_answered_and_the_connection_lives(counter: Count
         assert actor.hear(wire.Answer).verdict == "refused"
     assert counter.desk.counts["refused_malformed"] == 4
     assert actor.answer(grant) == "ack"
+
+
+def test_numbers_in_a_heartbeat_that_are_none_or_beyond_all_use_are_left_out(
+    counter: Counter,
+) -> None:
+    actor = counter.actor(capacity=1)
+    actor.hear(wire.Welcome)
+    mad = {"running": math.nan, "waiting": math.inf, "restarts": 1e300, "busy": -math.inf}
+    actor.say(wire.Heartbeat(capacity=1, stats={**mad, "window": 3.0}))
+    known = counter.desk.wait(
+        lambda: next((a for a in counter.desk.actors.values() if a.stats), None), lambda: False
+    )
+    assert known is not None
+    assert known.stats == {"window": 3.0}
+    told = ActorStatus.of(known.version, known.capacity, known.stats, known.notes)
+    assert msgspec.json.decode(msgspec.json.encode(told), type=ActorStatus) == told
 
 
 def test_an_actor_whose_results_are_invalid_again_and_again_is_quarantined(
