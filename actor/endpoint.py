@@ -7,6 +7,7 @@ thread until the deadline, and never the event loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import os
@@ -14,7 +15,7 @@ import ssl
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from common.episodes import Voice
 from common.errors import DataError, DeadlineError
@@ -48,30 +49,28 @@ class Endpoint:
 
 
 def _post(voice: Voice, body: bytes, until: float) -> str:
-    place = urlsplit(voice.place)
-    left_s = _left(until)
-    secure = place.scheme == "https"
-    connection = (
-        http.client.HTTPSConnection(
-            place.netloc, timeout=left_s, context=ssl.create_default_context()
-        )
-        if secure
-        else http.client.HTTPConnection(place.netloc, timeout=left_s)
-    )
     headers = {"Content-Type": "application/json", **_key(voice)}
     try:
-        connection.request("POST", f"{place.path.rstrip('/')}/chat/completions", body, headers)
-        answer = connection.getresponse()
-        said = _read(connection, answer, until)
-    except (OSError, http.client.HTTPException) as error:
+        place = urlsplit(voice.place)
+        with contextlib.closing(_connection(place, _left(until))) as connection:
+            connection.request("POST", f"{place.path.rstrip('/')}/chat/completions", body, headers)
+            answer = connection.getresponse()
+            said = _read(connection, answer, until)
+    except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, TimeoutError):
             raise
         raise DataError(f"{voice.place}: {type(error).__name__}: {error}") from None
-    finally:
-        connection.close()
     if answer.status != _OK:
         raise DataError(f"{voice.place}: HTTP {answer.status} {answer.reason}")
     return _words(voice, said)
+
+
+def _connection(place: SplitResult, left_s: float) -> http.client.HTTPConnection:
+    """Raises HTTPException or ValueError for an address that is none."""
+    if place.scheme != "https":
+        return http.client.HTTPConnection(place.netloc, timeout=left_s)
+    secure = ssl.create_default_context()
+    return http.client.HTTPSConnection(place.netloc, timeout=left_s, context=secure)
 
 
 def _read(
@@ -94,7 +93,7 @@ def _read(
 def _words(voice: Voice, said: bytes) -> str:
     try:
         found: Any = json.loads(said)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise DataError(f"{voice.place}: not a chat completion: {said[:80]!r}") from None
     if not isinstance(found, str):
         raise DataError(f"{voice.place}: a completion without words")
@@ -102,12 +101,16 @@ def _words(voice: Voice, said: bytes) -> str:
 
 
 def _key(voice: Voice) -> dict[str, str]:
-    """Raises DataError when the variable that should hold the key is not set."""
+    """Raises DataError when the variable that should hold the key is not set, or holds none: what
+    no header can carry is refused here, where nothing quotes it.
+    """
     if not voice.key:
         return {}
     key = os.environ.get(voice.key)
     if not key:
         raise DataError(f"{voice.place}: ${voice.key} is not set in the actor's environment")
+    if not (key.isascii() and key.isprintable()):
+        raise DataError(f"{voice.place}: ${voice.key} is no key: a line break, or no ASCII, in it")
     return {"Authorization": f"Bearer {key}"}
 
 

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 Role = Literal["feedback", "judge"]
 TOLD = 64  # different complaints that are logged, each once
+FLAW = 64  # characters of a flaw's name
 
 _TASK: dict[Role, str] = {
     "feedback": "You help somebody whose answer to a problem is wrong. Say in a few plain sentences"
@@ -60,7 +61,7 @@ class Voices:
         anything did: ROLE_down, _slow, _leak. Without words there is nothing to go on with.
         """
         try:
-            said = await self._say(role, voice, asked, words)
+            said = _writable(await self._say(role, voice, asked, words))
         except DeadlineError as error:
             return Said(), self._note(role, "slow", str(error))
         except DataError as error:
@@ -99,6 +100,16 @@ class Voices:
         return event
 
 
+def _writable(said: Said) -> Said:
+    """As UTF-8 can hold it: halves of characters can neither be tokenised nor sent. A flaw's name
+    goes into every record.
+    """
+    words, flaw, quote = (
+        text.encode(errors="replace").decode() for text in (said.words, said.flaw, said.quote)
+    )
+    return Said(words=words, flaw=flaw[:FLAW], quote=quote)
+
+
 def _question(voice: Voice, asked: Asked) -> Question:
     return Question(
         grader=voice.place,
@@ -126,5 +137,5 @@ def _parsed(voice: Voice, text: str) -> Said:
         return Said()
     try:
         return read(voice.place, json.loads(text[start : end + 1]))
-    except ValueError as error:  # DataError, and what json raises
+    except (ValueError, RecursionError) as error:  # DataError, and what json raises
         raise DataError(f"{voice.place}: not the object asked for: {error}") from None

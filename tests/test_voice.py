@@ -19,7 +19,7 @@ from actor.grade.pool import Pool
 from actor.leak import guard
 from actor.voice import Asked, Voices
 from common.episodes import Episode, Feedback, Intervene, Voice
-from tests.talking import EXACT, Speaker, asks, stage, tokens_of
+from tests.talking import EXACT, WORDS, Speaker, asks, stage, tokens_of
 
 OURS = """
 import os, time
@@ -240,6 +240,7 @@ async def test_a_judges_object_is_found_in_what_it_writes(
         (completion(None), "200 OK"),
         (completion("words"), "500 Oops"),
         (b"x" * (2 << 20), "200 OK"),
+        (b"[" * 200_000, "200 OK"),
     ],
 )
 async def test_an_endpoint_that_answers_something_else_is_down(
@@ -261,3 +262,48 @@ async def test_an_endpoint_that_is_not_there_slow_or_has_no_key_is_named(voices:
         "feedback_down",
         "feedback_down",
     ]
+
+
+@pytest.mark.parametrize(
+    ("place", "key"),
+    [
+        ("http://host:port/v1", "line"),
+        ("http://user:word@127.0.0.1:9/v1", "line"),
+        ("http://two..dots/v1", ""),
+        ("http://[::1/v1", ""),
+        ("http://127.0.0.1:9/v\N{LATIN SMALL LETTER E WITH ACUTE}", ""),
+        ("http://127.0.0.1:9/v1", "OUR_KEY"),
+    ],
+)
+async def test_an_address_or_a_key_that_no_request_can_carry_is_down(
+    voices: Voices,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    place: str,
+    key: str,
+) -> None:
+    monkeypatch.setenv("OUR_KEY", "of a file\n")
+    monkeypatch.setenv("line", "k")
+    said, event = await voices.ask("feedback", Voice(place=place, key=key, seconds=30), ASKED, 64)
+    assert (said.words, event) == ("", "feedback_down")
+    assert "of a file" not in caplog.text, "the key"
+
+
+@pytest.mark.parametrize(
+    "word", [r'{"words": "\ud800+", "flaw": "\udfffsum"}', '{"words": ' + "[" * 200_000 + "}"]
+)
+async def test_what_a_stranger_writes_can_be_tokenised_and_sent(voices: Voices, word: str) -> None:
+    async with endpoint(completion(word)) as (place, _):
+        said, _ = await voices.ask("judge", Voice(place=place, seconds=30), ASKED, 64)
+    async with endpoint(completion("\ud800+")) as (place, _):
+        plain, _ = await voices.ask("feedback", Voice(place=place, seconds=30), ASKED, 64)
+    for text in (said.words, said.flaw, said.quote, plain.words):
+        assert text in ("", "?+", "?sum")
+        WORDS.encode(text)
+
+
+async def test_the_name_of_a_flaw_is_short(voices: Voices) -> None:
+    long = json.dumps({"words": "+", "flaw": "x" * 100_000})
+    async with endpoint(completion(long)) as (place, _):
+        said, _ = await voices.ask("judge", Voice(place=place, seconds=30), ASKED, 64)
+    assert 0 < len(said.flaw) <= 64
