@@ -223,6 +223,8 @@ def test_a_statement_that_names_its_answer_leaks_unless_its_parent_did() -> None
         ({"extract": "(["}, "extract: no regular expression"),
         ({"extract": "abc"}, "extract: needs a group"),
         ({"prompt": "{solution}"}, "prompt: no {solution}"),
+        ({"prompt": r"{response} in \boxed{}"}, "prompt: no {}"),
+        ({"prompt": "{response:d}"}, "prompt: Unknown format code 'd'"),
         ({"prompt": "{stem}"}, "stem is empty"),
         ({"statement": "why?"}, "statement: needs a place"),
         ({"accept": (0.7, 0.3)}, "accept = "),

@@ -117,9 +117,15 @@ class SynthesisConfig(Section, frozen=True, kw_only=True):
         need(not pattern or groups >= 1, f"{name}: needs a group, (…), around what it finds")
 
     def _check_fields(self, name: str, known: set[str]) -> None:
+        text, brace = getattr(self, name), "write {{ for a brace"
         try:
-            found = {field for _, field, _, _ in Formatter().parse(getattr(self, name)) if field}
+            found = {field for _, field, _, _ in Formatter().parse(text) if field is not None}
         except ValueError as error:
-            need(False, f"{name}: {error}; write {{{{ for a brace")
+            need(False, f"{name}: {error}; {brace}")
         odd = sorted(found - known)
-        need(not odd, f"{name}: no {{{odd[0] if odd else ''}}}; there are {', '.join(known)}")
+        there = ", ".join(sorted(known))
+        need(not odd, f"{name}: no {{{odd[0] if odd else ''}}}; there are {there}; {brace}")
+        try:
+            text.format(**dict.fromkeys(known, "text"))
+        except (ValueError, LookupError) as error:
+            need(False, f"{name}: {error}; {brace}")

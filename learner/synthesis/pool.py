@@ -69,7 +69,7 @@ class Made(msgspec.Struct, kw_only=True):
     found: float | None = None
     answers: list[list[int]] = []  # tokens of the responses, where a label is made of them
     score: int = -1  # its score ticket
-    lost: str = ""  # why that found nothing
+    lost: str = ""  # why that found nothing, or nothing is to be found: its label is wrong
     born: int = 0  # step at which it became active
     uses: int = 0
 
@@ -263,6 +263,7 @@ class Pool:
         if record.state == "labelled" and record.audit:
             state.audited += 1
             state.wrong += record.audit == "wrong"
+            made.lost = "wrong label" if record.audit == "wrong" else made.lost
         if record.state == "scored" and record.p is not None:
             made.p, made.answers = record.p, []
             state.scored, state.sum_p = state.scored + 1, state.sum_p + record.p

@@ -29,6 +29,7 @@ from learner.synthesis.texts import Texts
 log = logging.getLogger("isentrope.synthesis")
 
 LEAST_AUDITED = 8  # labels, before their error is an estimate
+NO_MAJORITY = "no majority"
 
 
 class Synthesis:
@@ -51,7 +52,6 @@ class Synthesis:
         self._auditor = Labeller(self._settings.auditor)
         self._pending: set[str] = set()  # proposals whose label is on its way
         self._golds: dict[str, str] = {}  # … and what it is to be once it is audited
-        self._shares: dict[str, float] = {}  # consensus: of the commonest answer
         self._seen = -1  # how much of the pool's life `turn` has looked at
         self._said_barren = False
 
@@ -90,6 +90,8 @@ class Synthesis:
         if made.state == "extracted" and made.id not in self._pending:
             self._look_for_label(made)
         if made.state == "labelled":
+            self._score(made)
+        if made.state == "scored":
             self._judge(made)
         if made.state == "active" and (reason := worn(made, self._pool.state.t, self._settings)):
             self._record(made, "expired", reason)
@@ -117,9 +119,11 @@ class Synthesis:
         elif label == "inherited":
             self._label(Opinion(made.id, self._pool.state.asked[made.ticket].gold))
         else:
-            gold, share_ = majority([self._texts.answer(said) for said in made.answers])
-            self._shares[made.id] = share_
-            self._label(Opinion(made.id, gold, "no majority"))
+            self._label(Opinion(made.id, self._majority(made)[0], NO_MAJORITY))
+
+    def _majority(self, made: Made) -> tuple[str, float]:
+        """What the answers to it agree on, and the share of the commonest one."""
+        return majority([self._texts.answer(said) for said in made.answers])
 
     def _label(self, opinion: Opinion) -> None:
         made = self._pool.state.made.get(opinion.id)
@@ -142,14 +146,15 @@ class Synthesis:
             return
         verdict = ("right" if opinion.gold == gold else "wrong") if opinion.gold else ""
         self._record(made, "labelled", gold=gold, origin=self._settings.label, audit=verdict)
-        if verdict == "wrong":
-            self._reject(made, "wrong label")
+
+    def _score(self, made: Made) -> None:
+        p = self._majority(made)[1] if self._settings.label == "consensus" else made.found
+        if p is not None:
+            self._record(made, "scored", p=p)
 
     def _judge(self, made: Made) -> None:
-        p = self._shares.get(made.id, made.found)
-        if p is None:
-            return
-        self._record(made, "scored", p=p)
+        p = made.p
+        assert p is not None, "it was scored"
         if in_band(p, self._settings.accept):
             self._record(made, "active")
         else:
@@ -161,7 +166,6 @@ class Synthesis:
     def _record(self, made: Made, state: Any, reason: str = "", **found: Any) -> None:
         if state in SETTLED:
             self._pending.discard(made.id)
-            self._shares.pop(made.id, None)
         self._write(
             Proposal(ticket=made.ticket, rollout=made.rollout, state=state, reason=reason, **found)
         )
@@ -191,6 +195,10 @@ class Synthesis:
         settings = self._settings
         if made.p is not None:
             return worth(made.p, cluster=cluster, baseline=baseline, config=settings)
+        if made.reason == NO_MAJORITY and settings.reward == "r_zero":
+            return worth(
+                self._majority(made)[1], cluster=cluster, baseline=baseline, config=settings
+            )
         if made.reason == "duplicate" and settings.reward == "diversity":
             return -settings.duplicate
         return unusable(cluster, settings)
