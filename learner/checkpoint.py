@@ -43,8 +43,9 @@ from learner.methods.base import Ask
 from learner.state import TrainState
 
 log = logging.getLogger("isentrope.checkpoint")
-_NOTHING = bytes(32)  # the digest of what could not be written
+_NOTHING, _FINE = bytes(32), bytes(4)  # no file's digest; the error's number where there is none
 _FOLD, _STATE, _MANIFEST = "fold.msgpack", "state.json", "manifest.json"
+_PRIOR = ".prior"  # ends the name of what is being replaced
 
 
 def save(folder: Path, state: TrainState, fold: bytes) -> None:
@@ -61,7 +62,7 @@ def save(folder: Path, state: TrainState, fold: bytes) -> None:
         shapes = {name: tuple(master.shape) for name, master in state.masters.items()}
         contents[shards.INDEX] = shards.Index(comm.world_size, shapes).dump()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder.parent)
+    sweep(folder.parent)
     with _aside(folder) as aside:
         comm.say(Order.SAVE, os.fsencode(aside.absolute()))
         digests = save_slices(aside, state)
@@ -70,10 +71,12 @@ def save(folder: Path, state: TrainState, fold: bytes) -> None:
             digests[name] = hashlib.sha256(data).hexdigest()
         _write(aside / _MANIFEST, json.dumps(digests, indent=1).encode())
         _sync(aside)
+        prior = folder.with_name(f".{folder.name}{_PRIOR}")
         if folder.exists():
-            remove(folder)
+            folder.rename(prior)
         aside.rename(folder)
     _sync(folder.parent)
+    shutil.rmtree(prior, ignore_errors=True)
 
 
 def save_slices(aside: Path, state: TrainState) -> dict[str, str]:
@@ -89,17 +92,19 @@ def save_slices(aside: Path, state: TrainState) -> dict[str, str]:
         mine = [_write_slice(aside, stem, state, comm) for stem in stems]
     except OSError as error:
         failed, mine = error, [_NOTHING, _NOTHING]
-    found = comm.collect(mine)
+    why = _FINE if failed is None else (failed.errno or errno.EIO).to_bytes(4, "little")
+    found = comm.collect([*mine, why])
     if failed is not None and comm.rank == 0:
         raise failed
     if failed is not None:
         log.warning("rank %d cannot write its part of %s: %s", comm.rank, aside, failed)
-    broken = [rank for rank, theirs in enumerate(found) if _NOTHING in theirs]
+    broken = [(rank, word) for rank, (*_, word) in enumerate(found) if word != _FINE]
     if broken and comm.rank == 0:
-        raise OSError(errno.EIO, f"rank {broken[0]} could not write its part", str(aside))
+        number = int.from_bytes(broken[0][1], "little")
+        raise OSError(number, f"rank {broken[0][0]}'s part: {os.strerror(number)}", str(aside))
     return {
         shards.name(stem, rank, comm.world_size): digest.hex()
-        for rank, theirs in enumerate(found)
+        for rank, (*theirs, _) in enumerate(found)
         for stem, digest in zip(stems, theirs, strict=True)
     }
 
@@ -307,9 +312,13 @@ def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: shard.local(t.detach()).to("cpu").contiguous() for name, t in tensors.items()}
 
 
-def _sweep(parent: Path) -> None:
-    """Delete what killed processes left aside; one learner owns the folder, nobody is writing."""
-    for pattern in (".*.tmp", ".*.old"):
+def sweep(parent: Path) -> None:
+    """Put back what a killed process was to replace, delete what it left aside: nobody writes."""
+    for prior in parent.glob(f".*{_PRIOR}"):
+        folder = prior.with_name(prior.name.removeprefix(".").removesuffix(_PRIOR))
+        if not folder.exists():
+            prior.rename(folder)
+    for pattern in (".*.tmp", ".*.old", f".*{_PRIOR}"):
         for left in parent.glob(pattern):
             shutil.rmtree(left)
 

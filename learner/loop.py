@@ -228,6 +228,7 @@ def _wire(
     )
     stack.callback(socket.close, 0)
     sealed = seal_of(folder.journal)
+    checkpoint.sweep(folder.checkpoints)
     past = catch_up(folder, run, config)
     if past.recomputed:
         log.info(

@@ -1,4 +1,6 @@
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,30 @@ def test_saving_again_replaces_it_and_leaves_nothing_aside(tmp_path: Path) -> No
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
     checkpoint.remove(tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kill_while_one_replaces_another_leaves_one_or_the_other(tmp_path: Path) -> None:
+    """Looks at the folder as it is before whatever is renamed or deleted there."""
+    home, moments, watching = tmp_path / "home", tmp_path / "moments", [False]
+
+    def look(event: str, arguments: Any) -> None:
+        if watching[0] and event in ("os.rename", "os.remove", "os.rmdir"):
+            watching[0] = False
+            shutil.copytree(home, moments / str(len(list(moments.iterdir()))))
+            watching[0] = True
+
+    moments.mkdir()
+    checkpoint.save(home / "c", trained(1), b"one")
+    sys.addaudithook(look)  # it cannot be taken back
+    watching[0] = True
+    checkpoint.save(home / "c", trained(2), b"two")
+    watching[0] = False
+    seen = sorted(moments.iterdir(), key=lambda moment: int(moment.name))
+    assert len(seen) > 2
+    for moment in seen:
+        checkpoint.sweep(moment)
+        assert checkpoint.fold(moment / "c") in (b"one", b"two")
+        assert [p.name for p in moment.iterdir()] == ["c"]
 
 
 def test_what_a_killed_save_left_aside_is_swept_away_by_the_next(tmp_path: Path) -> None:

@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +25,7 @@ from common import journal
 from common.audit_checkpoints import read_safetensors, read_weights
 from common.config import RunConfig
 from common.errors import JournalError
+from common.journal import NO_SPACE
 from common.records import Step
 from common.runfolder import RunFolder
 from common.status import read as read_status
@@ -110,6 +114,24 @@ def resumed(folder: Path, state: TrainState, wrote: int) -> torch.Tensor:
     return weights(state)
 
 
+@contextmanager
+def no_room(full: bool) -> Iterator[None]:
+    """If `full`, this process cannot write files of any size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def errno_of_a_save(path: Path, state: TrainState) -> int:
+    with pytest.raises(OSError, match="rank 1's part") as caught:
+        checkpoint.save(path, state, FOLD)
+    return caught.value.errno or 0
+
+
 def half(**ranks: Any) -> LearnerConfig:
     return msgspec.structs.replace(HALF, ranks=RanksConfig(**ranks))
 
@@ -132,6 +154,8 @@ def _rank(rank: int, world: int, wrote: int, folder: Path) -> None:
         if rank:
             for held in (state, other, bf16):
                 obey(comm, lambda: None, held)  # type: ignore[arg-type,return-value]
+            with no_room(rank == 1):
+                obey(comm, lambda: None, bf16)  # type: ignore[arg-type,return-value]
             return
         found: dict[str, Any] = straight(folder, state, world)._asdict()
         comm.say(Order.STOP)
@@ -139,6 +163,8 @@ def _rank(rank: int, world: int, wrote: int, folder: Path) -> None:
         comm.say(Order.STOP)
         train_step(bf16, batch(0), half(recompute=True))
         found["bf16"] = weights(bf16)
+        comm.say(Order.STOP)
+        found["errno"] = errno_of_a_save(folder / f"full-{world}", bf16)
         comm.say(Order.STOP)
         torch.save(found, folder / f"{world}.pt")
     finally:
@@ -218,6 +244,14 @@ def test_every_rank_writes_its_slices_and_nothing_is_pickled(folder: Path) -> No
         for whole, again in zip(of_one, read_weights(folder / f"step-{world}"), strict=True):
             assert (whole.name, whole.shape) == (again.name, again.shape)
     assert digest(read_weights(folder / "step-1")) == digest(of_one)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_rank_without_room_is_a_full_disk_for_all_and_no_checkpoint(
+    folder: Path, world: int
+) -> None:
+    assert found(folder, world)["errno"] in NO_SPACE
+    assert not (folder / f"full-{world}").exists()
 
 
 @pytest.mark.parametrize("name", ["weights-00001.safetensors", "index.json"])
