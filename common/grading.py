@@ -20,6 +20,13 @@ import msgspec
 
 from common.errors import ConfigError
 
+LARGEST = 1e9  # of a reward: sums of such, and their squares, are numbers still
+
+
+def is_reward(score: float) -> bool:
+    """Whether it can be reckoned with. NaN cannot."""
+    return abs(score) <= LARGEST
+
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pass

@@ -9,6 +9,7 @@ import numpy as np
 
 from common.episodes import PLAIN, Episode
 from common.errors import WireError
+from common.grading import is_reward
 from common.wire import Columns, Group, Rollout, Segment, Ticket
 
 
@@ -57,8 +58,10 @@ def _check_logps(logps: np.ndarray) -> None:
 def _check_rewards(rollouts: tuple[Rollout, ...], turns: int) -> None:
     graded = [rollout for rollout in rollouts if not rollout.error]
     numbers = [value for r in graded for part in r.parts for value in part.values()]
-    if not all(map(math.isfinite, [*numbers, *[rollout.correct for rollout in graded]])):
-        raise WireError("nan", "a part of the reward is not a number")
+    if not all(map(is_reward, [*numbers, *[rollout.correct for rollout in rollouts]])):
+        raise WireError("nan", "a part of the reward is not a number, or a huge one")
+    if any(not part for r in graded for part in r.parts):
+        raise WireError("parts", "a map of rewards is empty")
     if turns > 1 and any(len(r.parts) != r.turn + 1 for r in graded):
         raise WireError("parts", "a rollout has not one map of rewards a turn")
 

@@ -75,9 +75,17 @@ class Run:
         self.apply(Issue(ticket=make_ticket(id=id_, n=8, kind=kind, **{**chosen, **fields})))
         return id_
 
-    def admit(self, id_: int, right: int, of: int = 8, version: int = 0, errors: int = 0) -> None:
+    def admit(
+        self,
+        id_: int,
+        right: int,
+        of: int = 8,
+        version: int = 0,
+        errors: int = 0,
+        marks: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
         ticket = self.ledger.open[id_].ticket
-        rollouts = [make_rollout(float(i < right), version=version) for i in range(of)]
+        rollouts = [make_rollout(marks[i < right], version=version) for i in range(of)]
         rollouts += [make_rollout(0.0, version=version, error="crash") for _ in range(errors)]
         group = make_group(
             rollouts=tuple(rollouts), ticket=id_, kind=ticket.kind, problem=ticket.problem
@@ -272,6 +280,13 @@ def test_what_was_not_graded_or_not_asked_by_the_policy_is_no_evidence() -> None
     half = run.issue()
     run.admit(half, 2, of=4, errors=4)
     assert run.wanted.success("rows", 0) == Track().seen(2, 4, 0, 0.9).success(0, 1.0)
+
+
+def test_a_grader_that_marks_below_0_and_above_1_is_evidence_of_right_and_wrong() -> None:
+    run = Run(Rows(1), fade=1.0)
+    run.admit(run.issue(), 2, marks=(-1.0, 3.0))
+    expected = Track().seen(2, 8, 0, 0.9)
+    assert run.wanted.success("rows", 0) == expected.success(0, 1.0)
 
 
 def test_the_accuracy_of_a_step_is_that_of_all_groups_since_the_last() -> None:

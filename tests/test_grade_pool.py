@@ -35,7 +35,8 @@ def poisoned(completions, **columns):
     return [1.0] * len(completions)
 
 def odd(completions, **columns):
-    return [{"nan": float("nan"), "none": None}.get(text, 0.5) for text in completions]
+    odd = {"nan": float("nan"), "none": None, "huge": -1e300}
+    return [odd.get(text, 0.5) for text in completions]
 
 def short(completions, **columns):
     return [1.0]
@@ -145,7 +146,9 @@ async def test_a_cancelled_question_does_not_leave_its_answer_to_the_next_one(po
 
 
 async def test_a_score_that_is_no_number_is_an_error_never_0(pool: Pool) -> None:
-    nan, none, fine = await pool.grade("?", ["nan", "none", "x"], _grading("odd"))
+    texts = ["nan", "none", "huge", "x"]
+    nan, none, huge, fine = await pool.grade("?", texts, _grading("odd"))
+    assert huge.error == "verifier_error: odd: -1e+300 is no reward"
     assert nan.error == "verifier_error: odd: nan is no reward"
     assert none.error == "verifier_error: odd: no verdict"
     assert fine == Verdict({"odd": 0.5})

@@ -194,6 +194,9 @@ LIES = {
     },
     "length": {"rollouts": (make_rollout(segments=(make_segment(logps=[-1.0]),)), make_rollout())},
     "temperature": {"rollouts": (make_rollout(temperature=0.0), make_rollout())},
+    "parts": {
+        "rollouts": (wire.msgspec.structs.replace(make_rollout(), parts=({},)), make_rollout())
+    },
 }
 
 
@@ -208,6 +211,8 @@ def test_a_group_that_lies_is_refused_by_name(reason: str) -> None:
 def test_a_correctness_that_is_no_number_is_refused() -> None:
     with pytest.raises(WireError, match="nan"):
         check_group(make_group([float("nan"), 0]), make_ticket(), 32, 0)
+    with pytest.raises(WireError, match="nan"):
+        check_group(make_group([1e308, 1e308]), make_ticket(), 32, 0)
 
 
 def test_more_tokens_than_the_ticket_allows_are_refused() -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import sys
 import zlib
 from collections.abc import AsyncIterator, Sequence
@@ -26,6 +25,7 @@ import msgspec
 
 from actor.grade.worker import LENGTH, Marks, Question, answer
 from common.errors import DeadlineError
+from common.grading import is_reward
 from common.wire import GradePart, Grading
 
 log = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ def _verdict(parts: Sequence[GradePart], scores: Sequence[float | str | None]) -
     for part, score in zip(parts, scores, strict=True):
         if isinstance(score, str):
             return Verdict({}, f"verifier_error: {part.name}: {score}")
-        if score is not None and not math.isfinite(score):
+        if score is not None and not is_reward(score):
             return Verdict({}, f"verifier_error: {part.name}: {score} is no reward")
     if scores[0] is None:
         return Verdict({}, f"verifier_error: {parts[0].name}: no verdict")

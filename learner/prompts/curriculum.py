@@ -179,7 +179,9 @@ class Curriculum:
         graded = [r for r in entry.item.group.rollouts if not r.error]
         if not graded:
             return
-        right, of = math.fsum(r.correct for r in graded), len(graded)
+        # a user's grader may find an answer worse than wrong: no more counts are taken than given
+        right = math.fsum(min(1.0, max(0.0, r.correct)) for r in graded)
+        of = len(graded)
         track = self._tracks.get(place, Track())
         self._tracks[place] = track.seen(right, of, entry.oldest, self._config.decay)
         self._state.right += right / of
