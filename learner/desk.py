@@ -103,6 +103,7 @@ class Desk:
         prompts: Prompts,
         failpoint: Failpoint,
         max_bytes: int = MAX_FRAME_BYTES,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.incarnation = incarnation
@@ -125,7 +126,7 @@ class Desk:
         self._issuing = True
         self._last_turn = self._last_pulse = self._last_drained = time.monotonic()
         self._bell = Bell()
-        self._errands = Errands(self._bell.ring, lambda: self._thread.is_alive())
+        self._errands = Errands(self._bell.ring, lambda: self._thread.is_alive(), meanwhile)
         self._outbox = Outbox(
             socket,
             journal,

@@ -18,10 +18,17 @@ IDLE_S = 0.5  # … and between two calls of what a wait does meanwhile
 
 
 class Errands:
-    """`ring` wakes the thread that does them, `alive` says whether it still runs."""
+    """`ring` wakes the thread that does them, `alive` says whether it still runs. `meanwhile` runs
+    once a second in whoever waits long for a value: on a full disk that may be hours.
+    """
 
-    def __init__(self, ring: Callable[[], None], alive: Callable[[], bool]) -> None:
-        self._ring, self._alive = ring, alive
+    def __init__(
+        self,
+        ring: Callable[[], None],
+        alive: Callable[[], bool],
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._ring, self._alive, self._meanwhile = ring, alive, meanwhile
         self._calls: deque[Errand] = deque()
         self._looks: deque[Errand] = deque()
         self._waits: deque[Errand] = deque()
@@ -60,6 +67,7 @@ class Errands:
     def _value(self, future: Future[Any]) -> Any:
         while not _done(future, LOOK_S):
             self._check_alive()
+            self._meanwhile()
         return future.result()
 
     def _check_alive(self) -> None:

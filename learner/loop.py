@@ -241,7 +241,7 @@ def _wire(
     _open_journal(journal, past, run, config, folder, incarnation, sealed)
     fail = Failpoint.parse(run.failpoint)
     registry = Registry(run.redis, folder.run_id)
-    patiently("take over the run", lambda: registry.fence(incarnation))
+    patiently("take over the run", lambda: registry.fence(incarnation), meanwhile=comm.beat)
     store = open_blobs(run, registry, incarnation)
     stack.callback(store.close)
     publisher = Publisher(
@@ -251,6 +251,7 @@ def _wire(
         config.keep_versions,
         fail,
         snapshot_every=config.snapshot_every,
+        meanwhile=comm.beat,
     )
     room = model.max_length(network) - config.max_tokens
     if room < 1:
@@ -279,6 +280,7 @@ def _wire(
         prompts=prompts,
         failpoint=fail,
         max_bytes=run.max_frame_mb << 20,
+        meanwhile=comm.beat,
     )
     stack.callback(desk.close)
     report = Report(folder, registry, config, past.ledger, past.state.t)

@@ -62,14 +62,18 @@ class Publisher:
         failpoint: Failpoint,
         patience_s: float = PATIENCE_S,
         snapshot_every: int = 1,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
-        """`snapshot_every`: versions; those between are patches where they can be. 1: none is."""
+        """`snapshot_every`: versions; those between are patches where they can be. 1: none is.
+        `meanwhile` runs between two attempts to reach a Redis that is away.
+        """
         self.registry = registry
         self.store = store
         self.incarnation = incarnation
         self.keep = max(1, keep)
         self.patience_s = patience_s
         self.snapshot_every = snapshot_every
+        self._meanwhile = meanwhile
         self._fail = failpoint
         self._held: dict[int, _Version] = {}  # the newest version, and the base it leans on
         self._chain: list[Manifest] = []  # what the newest version is made of, a full one first
@@ -230,11 +234,18 @@ class Publisher:
         self.store.delete([key for key in self.store.list() if key not in needed])
 
     def _patiently(self, what: str, work: Callable[[], None]) -> None:
-        patiently(what, work, self.patience_s)
+        patiently(what, work, self.patience_s, self._meanwhile)
 
 
-def patiently(what: str, work: Callable[[], None], patience_s: float = PATIENCE_S) -> None:
-    """Do `work` again until Redis answers. Raises DeadlineError when it stays away."""
+def patiently(
+    what: str,
+    work: Callable[[], None],
+    patience_s: float = PATIENCE_S,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
+    """Do `work` again until Redis answers, and `meanwhile` after each failure. Raises DeadlineError
+    when it stays away.
+    """
     deadline = time.monotonic() + patience_s
     for attempt in itertools.count(1):
         try:
@@ -243,6 +254,7 @@ def patiently(what: str, work: Callable[[], None], patience_s: float = PATIENCE_
             if time.monotonic() > deadline:
                 raise DeadlineError(f"could not {what} in {attempt} attempts: {error}") from None
             log.warning("attempt %d to %s failed, trying again: %s", attempt, what, error)
+            meanwhile()
         time.sleep(min(1.0, 0.05 * 2**attempt))  # a dead Redis gives no sign when it is back
 
 

@@ -58,6 +58,7 @@ class Counter:
         config: LearnerConfig = CONFIG,
         incarnation: int = 1,
         keys: str = "",
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder
         self.context: zmq.Context[Any] = zmq.Context()
@@ -80,6 +81,7 @@ class Counter:
             ledger=self.ledger,
             prompts=self.prompts,
             failpoint=Failpoint.parse(""),
+            meanwhile=meanwhile,
         )
         self.actors: list[Actor] = []
 
@@ -539,6 +541,30 @@ def test_the_disk_being_full_stops_acks_and_issues_until_there_is_space(tmp_path
         assert grant.ticket.id in [r.ticket for r in counter.records() if isinstance(r, Admit)]
     finally:
         counter.close()
+
+
+def test_whoever_waits_for_space_says_meanwhile_that_it_is_there(tmp_path: Path) -> None:
+    beats = []
+
+    def meanwhile() -> None:
+        beats.append(counter.desk.blocked)
+        if len(beats) == 2:
+            limit.__exit__()
+
+    counter = Counter(tmp_path, meanwhile=meanwhile)
+    try:
+        counter.desk.announce(0)
+        actor = counter.actor(capacity=1)
+        grant = actor.grants(1)[0]
+        limit = limited_file_size(counter)
+        with limit:
+            actor.say(result(grant.ticket))
+            wait_for(lambda: bool(counter.desk.blocked))
+            counter.desk.announce(1)
+    finally:
+        counter.close()
+    assert len(beats) >= 2
+    assert beats[0]
 
 
 class limited_file_size:

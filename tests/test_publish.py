@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def weights(seed: int) -> tuple[Tensor, ...]:
     return (Tensor("w", "F32", (500,), memoryview(array)),)
 
 
-def publisher(registry: Registry, incarnation: int = 1, **options: float) -> Publisher:
+def publisher(registry: Registry, incarnation: int = 1, **options: Any) -> Publisher:
     store = open_store("redis", registry)
     return Publisher(registry, store, incarnation, 3, Failpoint(), **options)
 
@@ -190,7 +191,9 @@ def test_a_redis_that_dies_and_comes_back_empty_costs_time_but_no_version(
 
 def test_a_redis_that_stays_away_is_given_up_with_the_number_of_attempts(free_port: int) -> None:
     registry = Registry(f"redis://127.0.0.1:{free_port}", "run", timeout_s=0.2)
-    it = publisher(registry, patience_s=0.3)
+    failures: list[None] = []
+    it = publisher(registry, patience_s=0.3, meanwhile=lambda: failures.append(None))
     with pytest.raises(DeadlineError, match=r"could not publish version 0 in \d+ attempts"):
         publish(it, 0)
+    assert failures, "the learner's other ranks hear nothing from one who waits for Redis"
     registry.close()
