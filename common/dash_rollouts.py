@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from common import models
 from common.codec import Codec
 from common.errors import DataError, JournalError, WireError
-from common.records import Admit, Issue
+from common.records import Admit, Drop, Issue
 from common.segments import HEAD, MAGIC, Extent, decode, extents, payloads, record_codec
 from common.wire import FromActor, Group, Rollout, Ticket
 
@@ -71,6 +71,8 @@ class Latest:
             match decode(payload, codec, extent, offset):
                 case Issue(ticket=ticket):
                     self._open[ticket.id] = ticket
+                case Drop(ticket=id_):
+                    self._open.pop(id_, None)
                 case Admit() as record:
                     one = Admitted(self._open.pop(record.ticket, None), record)
                     heldout = one.ticket is not None and one.ticket.kind == "eval"

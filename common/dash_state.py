@@ -167,8 +167,8 @@ class _Redis:
         for key, raw in self._said("actor:*").items():
             try:
                 actor = msgspec.json.decode(raw, type=ActorStatus)
-            except msgspec.MsgspecError:
-                continue  # of another version of this program
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+                continue  # of another version of this program, or damaged
             found[key.partition(":live:actor:")[2]] = actor
         return found
 

@@ -176,7 +176,7 @@ def decode(raw: bytes) -> Status | None:
     """None for bytes that are no status (another version of this program wrote them)."""
     try:
         return msgspec.json.decode(raw, type=Status)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # the last two: damaged
         return None
 
 

@@ -26,7 +26,7 @@ from common.dash_server import Dashboard
 from common.dash_state import Watch
 from common.errors import ConfigError
 from common.journal import Journal
-from common.records import Admit, Issue, Open
+from common.records import Admit, Drop, Issue, Open
 from common.runfolder import RunFolder
 from common.softstate import SoftState
 from common.status import ActorStatus
@@ -271,6 +271,24 @@ def test_the_last_groups_are_text_and_follow_the_journal(tmp_path: Path) -> None
     assert newest["rollouts"][0]["segments"][0]["text"].endswith("(4 more)")
     assert latest.words() == ""
     journal.close()
+
+
+def test_a_ticket_that_ended_without_an_answer_is_not_remembered(tmp_path: Path) -> None:
+    journal, folder = with_journal(tmp_path, ["1=1#"])
+    for number in range(2, 50):
+        journal.append(Issue(ticket=make_ticket(number)))
+        journal.append(Drop(ticket=number, reason="failed"))
+    journal.append(Issue(ticket=make_ticket(50)))
+    journal.commit()
+    latest = Latest(folder)
+    latest.refresh()
+    assert set(latest._open) == {50}
+    journal.close()
+
+
+def test_a_last_word_that_is_no_text_is_none(tmp_path: Path) -> None:
+    (tmp_path / status.FILE).write_bytes(b'{"run": "\xff", "phase": "waiting"}')
+    assert "of another version" in Watch(tmp_path).status()["notes"][0]
 
 
 def test_without_a_tokenizer_token_ids_are_shown_and_damage_is_said(tmp_path: Path) -> None:
