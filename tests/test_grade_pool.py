@@ -145,6 +145,16 @@ async def test_a_cancelled_question_does_not_leave_its_answer_to_the_next_one(po
     assert await pool.grade("?", ["abcd"], _grading("length")) == [Verdict({"length": 4.0})]
 
 
+async def test_a_process_that_cannot_be_started_costs_verdicts_and_nothing_else(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as without:
+        without.setattr(sys, "executable", "/no/such/python")
+        (verdict,) = await pool.grade("?", ["abcd"], _grading("length"))
+    assert verdict.error.startswith("verifier_error: length: ")
+    assert await pool.grade("?", ["abcd"], _grading("length")) == [Verdict({"length": 4.0})]
+
+
 async def test_a_score_that_is_no_number_is_an_error_never_0(pool: Pool) -> None:
     texts = ["nan", "none", "huge", "x"]
     nan, none, huge, fine = await pool.grade("?", texts, _grading("odd"))

@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -307,3 +308,14 @@ async def test_the_name_of_a_flaw_is_short(voices: Voices) -> None:
     async with endpoint(completion(long)) as (place, _):
         said, _ = await voices.ask("judge", Voice(place=place, seconds=30), ASKED, 64)
     assert 0 < len(said.flaw) <= 64
+
+
+async def test_a_voice_that_hangs_holds_nobody_longer_than_its_deadline_however_many_ask(
+    voices: Voices,
+) -> None:
+    voice = Voice(place="python:our_voices:slow", seconds=1.0)
+    first = await voices.ask("feedback", voice, ASKED, 64)
+    began = time.monotonic()
+    many = await asyncio.gather(*(voices.ask("feedback", voice, ASKED, 64) for _ in range(12)))
+    assert {event for _, event in (first, *many)} == {"feedback_slow"}
+    assert time.monotonic() - began < 9.0, "one after the other they would take 12 s at least"

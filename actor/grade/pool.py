@@ -66,8 +66,13 @@ class Pool:
         return verdicts
 
     async def say(self, question: Question, within_s: float) -> Marks:
-        """What a voice says about one text, or why it says nothing."""
-        return await self._ask(question, within_s)
+        """What a voice says about one text, or why it says nothing. Its time runs while others are
+        being heard: however many ask one that hangs, none of them waits for all before it.
+        """
+        try:
+            return await self._ask(question, within_s, patience_s=within_s)
+        except TimeoutError:
+            return Marks(error=f"no verdict within {within_s:.3g} s: others are being heard")
 
     async def close(self) -> None:
         for worker in self._workers:
@@ -95,35 +100,40 @@ class Pool:
         several = [await self._ask(one, share_s) for one in alone]
         return [one.error or one.scores[0] for one in several]
 
-    async def _ask(self, question: Question, within_s: float) -> Marks:
+    async def _ask(
+        self, question: Question, within_s: float, patience_s: float | None = None
+    ) -> Marks:
+        """Raises TimeoutError when no process was free for `patience_s`."""
         if question.grader in IN_PLACE:
             return answer(question)
-        async with self._worker(question) as worker:
+        async with self._worker(question, patience_s) as worker:
             try:
                 await worker.load(question)
                 return await worker.ask(question, within_s)
-            except (DeadlineError, EOFError, ConnectionError) as error:
+            except (DeadlineError, EOFError, OSError) as error:
                 self.killed += isinstance(error, DeadlineError)
                 worker.kill()
                 log.warning("grader %s: %s; its process is replaced", question.grader, error)
                 return Marks(error=str(error))
 
     @contextlib.asynccontextmanager
-    async def _worker(self, question: Question) -> AsyncIterator[Worker]:
+    async def _worker(self, question: Question, patience_s: float | None) -> AsyncIterator[Worker]:
         """An idle process: the one that gets this gold answer's questions if it can be, since it
         remembers what it judged.
         """
-        async with self._free:
-            usual = self._workers[zlib.crc32(question.gold.encode()) % len(self._workers)]
-            worker = usual if usual in self._idle else self._idle[-1]
-            self._idle.remove(worker)
-            try:
-                yield worker
-            except asyncio.CancelledError:
-                worker.kill()  # in the middle of an answer that nobody reads
-                raise
-            finally:
-                self._idle.append(worker)
+        async with asyncio.timeout(patience_s):
+            await self._free.acquire()
+        usual = self._workers[zlib.crc32(question.gold.encode()) % len(self._workers)]
+        worker = usual if usual in self._idle else self._idle[-1]
+        self._idle.remove(worker)
+        try:
+            yield worker
+        except asyncio.CancelledError:
+            worker.kill()  # in the middle of an answer that nobody reads
+            raise
+        finally:
+            self._idle.append(worker)
+            self._free.release()
 
 
 class Worker:
@@ -142,7 +152,9 @@ class Worker:
             self._loaded.add(question.grader)
 
     async def ask(self, question: Question, within_s: float) -> Marks:
-        """Raises DeadlineError, or EOFError / ConnectionError when the process died over it."""
+        """Raises DeadlineError, EOFError / ConnectionError when the process died over it, or the
+        OSError for which it could not be started.
+        """
         process = self._process or await self._start()
         assert process.stdin is not None
         assert process.stdout is not None
