@@ -140,8 +140,7 @@ class Issuer:
         config, ledger = self._config, self._ledger
         needed_at = ledger.t + room.ahead // config.groups_per_step
         min_version = max(0, min(needed_at, config.steps - 1) - config.max_lag)
-        if kind == "main" and ledger.again:
-            old = ledger.again[0]
+        if kind == "main" and (old := self._stale()) is not None:
             draft = Draft(
                 old.problem, old.prompt, old.grading, old.template, old.source, -1, old.question
             )
@@ -159,6 +158,12 @@ class Issuer:
             parent=parent,
             episode=episode,
         )
+
+    def _stale(self) -> wire.Ticket | None:
+        """The first whose prompt is to be asked again; none of the pool's once synthesis is off."""
+        asking = None if self._synthesis is None else self._synthesis.asking
+        found = (old for old in self._ledger.again if asking is None or asking.stands(old))
+        return next(found, None)
 
     def _fresh(self, kind: wire.Kind) -> tuple[Draft, int | None]:
         """A problem that was not asked before, and the ticket that it was made from."""

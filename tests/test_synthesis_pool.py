@@ -313,6 +313,22 @@ def test_labels_found_wrong_end_synthesis_in_one_line_and_the_originals_go_on(
     assert not world.pool.active()
 
 
+def test_a_problem_of_a_pool_with_wrong_labels_is_not_asked_again_when_its_group_was_stale() -> (
+    None
+):
+    world = World().until(8)
+    made = next(t for t in world.tickets("main") if t.source == "synthesis")
+    given = next(t for t in world.tickets("main") if t.source != "synthesis")
+    world.ledger.again = [made, given]
+    world.write(Halt(reason="labels are wrong"))
+    before = len(world.records)
+    for _ in range(4):
+        world.turn()
+    later = [r.ticket for r in world.records[before:] if isinstance(r, Issue)]
+    assert later[0].parent == given.id
+    assert not [ticket for ticket in later if ticket.source == "synthesis"]
+
+
 def test_a_proposer_that_emits_nothing_usable_is_said_once_and_asked_ever_more_seldom(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
