@@ -230,6 +230,17 @@ def test_a_restart_at_any_moment_changes_nothing(world: World) -> None:
     )
 
 
+def test_a_restart_does_not_change_which_parent_is_drawn_where_some_are_of_no_use() -> None:
+    odd: dict[str, Any] = {"stem": r"^(.*[02468]\+)\d+\?$", "seeds": 12}  # of some no prompt
+    world, again = World(**odd).until(4), World(**odd)
+    while again.ledger.t < world.ledger.t:
+        again.turn()
+        again.begin()
+    asked = [[ticket.problem for ticket in w.tickets("propose")] for w in (world, again)]
+    assert len(asked[0]) > 1
+    assert asked[0] == asked[1]
+
+
 def test_a_learner_that_died_between_two_records_goes_on_where_it_was(world: World) -> None:
     _goes_on_wherever_it_died(world)
 

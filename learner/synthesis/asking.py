@@ -43,7 +43,7 @@ class Asking:
         assert config.synthesis is not None, "synthesis is off"
         self._config, self._settings = config, config.synthesis
         self._pool, self._ledger, self._texts, self._seed = pool, ledger, texts, seed
-        self._unfit: set[int] = set()  # parents that no prompt can be made of
+        self._fits: dict[int, bool] = {}  # whether a prompt can be made of each parent, by ticket
 
     def wants(self) -> bool:
         return self._unscored() is not None or self._may_propose()
@@ -53,13 +53,12 @@ class Asking:
         made = self._unscored()
         if made is not None:
             return self._score(made)
-        while self._may_propose():
-            seed = self._parent()
-            ids = self._texts.prompt(seed)
-            if ids is not None:
-                return self._propose(seed, ids)
-            self._unfit.add(seed.ticket)
-        return None
+        if not self._may_propose():
+            return None
+        seed = self._parent()
+        ids = self._texts.prompt(seed)
+        assert ids is not None, "it is drawn from those that fit"
+        return self._propose(seed, ids)
 
     def mixed(self) -> tuple[Draft, int] | None:
         """A problem of the pool in the place of the next original, and the ticket it came from.
@@ -113,7 +112,16 @@ class Asking:
         return not full and untrained < (settings.proposing if apart == 1 else 1)
 
     def _parents(self) -> list[Seed]:
-        return [seed for seed in self._pool.state.seeds if seed.ticket not in self._unfit]
+        """Those that a prompt can be made of, which each is asked once."""
+        seeds, known = self._pool.state.seeds, self._fits
+        if known.keys() != {seed.ticket for seed in seeds}:
+            self._fits = {
+                seed.ticket: known[seed.ticket]
+                if seed.ticket in known
+                else self._texts.prompt(seed) is not None
+                for seed in seeds
+            }
+        return [seed for seed in seeds if self._fits[seed.ticket]]
 
     def _parent(self) -> Seed:
         """Drawn with weight p (1 − p), by a hash of how many were drawn before."""
