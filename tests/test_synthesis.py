@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,6 +186,15 @@ def test_a_labeller_that_hangs_costs_its_own_labels_and_is_given_up() -> None:
 def test_a_labeller_that_does_not_exist_is_named() -> None:
     with pytest.raises(ConfigError, match=r"python:no\.such:thing.*cannot be loaded"):
         Labeller("python:no.such:thing")
+
+
+def test_a_labellers_module_that_breaks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "our_broken_labels.py").write_text("def label(problem) return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="our_broken_labels:label' cannot be loaded: SyntaxError"):
+        Labeller("python:our_broken_labels:label")
 
 
 def test_a_problem_said_again_in_other_spaces_and_letters_is_the_same() -> None:

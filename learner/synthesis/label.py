@@ -79,8 +79,10 @@ def load(name: str) -> Label:
     _, module, function = name.split(":")
     try:
         found: Label = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"learner.synthesis: {name!r} cannot be loaded: {error}") from None
+    except Exception as error:  # noqa: BLE001  a module of the user's may raise anything
+        raise ConfigError(
+            f"learner.synthesis: {name!r} cannot be loaded: {type(error).__name__}: {error}"
+        ) from None
     return found
 
 
