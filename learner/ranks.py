@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -81,6 +82,8 @@ def _join(config: LearnerConfig) -> None:
     timeout = timedelta(seconds=(config.ranks or RanksConfig()).timeout_s)
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+        # all on this machine: gloo would listen where the machine's name points to
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         # torchrun's store outlives the ranks: those started again must not find the old addresses
         life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = PrefixStore(f"life-{life}", store)

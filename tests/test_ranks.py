@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -308,6 +309,41 @@ def test_a_lost_rank_ends_all_and_the_run_goes_on_exactly(
     assert runs.promises_kept(folder)
     kept = read_weights(folder / "checkpoints" / f"step-{last + 2:08d}")
     assert digest(read_safetensors(folder / "model" / "model.safetensors")) == digest(kept)
+
+
+LISTENING = """
+import os
+from learner.config import LearnerConfig
+from learner.ranks import _join
+_join(LearnerConfig(device="cpu"))
+mine = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if int(fd) > 2
+        and os.path.islink(f"/proc/self/fd/{fd}")}
+for line in open("/proc/net/tcp").readlines()[1:]:  # torch's store is in the other table, tcp6
+    _, local, _, state, *_, inode = line.split()[:10]
+    if state == "0A" and f"socket:[{inode}]" in mine:
+        print(local.partition(":")[0])
+"""
+
+
+def test_ranks_of_one_machine_do_not_listen_where_its_name_points_to(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.9.9.9 somewhere\n")
+    begin = "ip link set lo up && ip addr add 10.9.9.9/32 dev lo && hostname somewhere"
+    apart = ["unshare", "--net", "--uts", "--mount", "sh", "-c"]
+    if not shutil.which("unshare") or (
+        subprocess.run([*apart, begin], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("no namespaces here")
+    alone = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    known = f"mount --bind {tmp_path}/hosts /etc/hosts"
+    done = subprocess.run(
+        [*apart, f'{begin} && {known} && exec "$0" -c "$1"', sys.executable, LISTENING],
+        env={k: v for k, v in os.environ.items() if k != "GLOO_SOCKET_IFNAME"} | alone,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["0100007F"], done.stderr[-2000:]
 
 
 def torchrun(folder: Path, where: dict[str, str], *options: str, steps: int) -> list[str]:
