@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 STRONGEST = 2.0  # nats that get the strongest colour; more looks the same
+_PICTURES = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {0x7F: 0x2421}
+_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # the other controls
 _LEVELS = ("", "on #3b3420", "on #5c4a17", "on #80600f", "on #a86f0a", "on #d06a10")
 
 
@@ -46,9 +48,10 @@ def text(shown: Sequence[Shown], colour: str) -> RenderableType:
 
     parts: list[RenderableType] = []
     for one in shown:
-        parts.append(Rule(Text(one.title, style="bold"), align="left", style="dim"))
-        parts.append(Text("  ".join(f"{k} {v}" for k, v in one.facts), style="dim"))
-        parts.append(Text(one.prompt, style="dim cyan"))
+        title = Text(visible(one.title), style="bold")
+        parts.append(Rule(title, align="left", style="dim"))
+        parts.append(Text(visible("  ".join(f"{k} {v}" for k, v in one.facts)), style="dim"))
+        parts.append(Text(visible(one.prompt), style="dim cyan"))
         parts.append(_said(one.turns))
     if colour:
         parts.append(_scale(colour))
@@ -61,11 +64,17 @@ def _said(turns: Sequence[Turn]) -> RenderableType:
     whole = Text()
     for turn in turns:
         if turn.role != "policy":
-            whole.append("".join(token.text for token in turn.tokens), style="italic magenta")
+            said = visible("".join(token.text for token in turn.tokens))
+            whole.append(said, style="italic magenta")
             continue
         for token in turn.tokens:
-            whole.append(token.text, style=_LEVELS[level(token.value)])
+            whole.append(visible(token.text), style=_LEVELS[level(token.value)])
     return whole
+
+
+def visible(text: str) -> str:
+    """Control characters, which a terminal would obey, as pictures of themselves."""
+    return text.translate(_PICTURES)
 
 
 def _scale(colour: str) -> RenderableType:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
+import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from common import models, wire
 from common.codec import Codec
@@ -17,7 +20,7 @@ from common.errors import DataError
 from common.journal import Journal
 from common.records import Admit, AnyRecord, Drop, Issue, Open, Step
 from common.rollouts import pieces, read
-from common.rollouts_show import STRONGEST, Shown, Token, Turn, level, page
+from common.rollouts_show import STRONGEST, Shown, Token, Turn, level, page, text
 from common.runfolder import RunFolder
 from learner.rollouts_cli import rollouts
 from tests.builders import make_group, make_rollout, make_segment, make_ticket
@@ -168,11 +171,21 @@ def test_what_the_policy_said_is_text_in_the_page_and_never_code() -> None:
     assert tags.text.count(evil) >= 6
 
 
+def test_what_the_policy_said_moves_no_terminal() -> None:
+    evil = "\x1b]0;title\x07\x1b[2J\x9b31m\x7f\rback"
+    tokens = (Token(evil, 0.5, evil),)
+    shown = Shown(evil, ((evil, evil),), evil, (Turn("policy", tokens), Turn("hint", tokens)))
+    out = io.StringIO()
+    Console(file=out, force_terminal=False, width=200).print(text([shown], "surprisal"))
+    assert not [c for c in out.getvalue() if unicodedata.category(c) == "Cc" and c != "\n"]
+    assert out.getvalue().count("␛]0;title␇␛[2J") == 6
+
+
 def test_the_page_needs_nothing_from_elsewhere(run: Path, tmp_path: Path) -> None:
     assert ask(run, "--html", str(tmp_path / "page.html")).exit_code == 0
-    text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert not re.findall(r"(?:src|href)\s*=|url\(|@import", text)
-    assert text.count("<article>") == 8
+    written = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert not re.findall(r"(?:src|href)\s*=|url\(|@import", written)
+    assert written.count("<article>") == 8
 
 
 def test_pieces_join_to_the_text_and_half_a_character_waits_for_its_other_half() -> None:
