@@ -31,7 +31,7 @@ from learner.prompts.config import PromptsConfig
 from learner.prompts.source import Arithmetic
 from learner.prompts.stream import Prompts
 from learner.synthesis.config import SynthesisConfig
-from learner.synthesis.pool import Asked, Pool, Seed
+from learner.synthesis.pool import Asked, Made, Pool, Seed
 from learner.synthesis.texts import Texts
 from tests import chat_model
 from tests.builders import make_rollout
@@ -97,9 +97,9 @@ class World:
             self.write(record)
         self.begin()
 
-    def begin(self) -> None:
+    def begin(self, max_prompt: int = 100) -> None:
         """A learner process starts: nothing is known but what the ledger holds."""
-        prompts = Prompts(Arithmetic(0), self.config.prompts, words(), (2,), 0, 100)
+        prompts = Prompts(Arithmetic(0), self.config.prompts, words(), (2,), 0, max_prompt)
         self.issuer = Issuer(self.config, self.ledger, prompts, self.write)
 
     def write(self, record: AnyRecord) -> None:
@@ -399,6 +399,24 @@ def test_problems_made_from_made_ones_stop_at_the_depth_allowed() -> None:
         parents = [made.parent for made in world.proposals().made.values() if made.parent]
         made = [parent for parent in parents if parent.startswith("synthesis/")]
         assert bool(made) == (deepest == 2)
+
+
+def test_a_proposal_that_does_not_fit_the_settings_of_a_resume_is_rejected_with_a_reason() -> None:
+    world = World(scoring=1)
+    while not any(m.state == "labelled" and m.score < 0 for m in world.pool.state.made.values()):
+        world.turn()
+    waiting = [m for m in world.pool.state.made.values() if m.state == "labelled" and m.score < 0]
+    longest = max(len(prompt) for prompt in map(prompt_of, waiting))
+    world.begin(max_prompt=longest - 1)
+    world.issuer.turn()
+    found = world.proposals().made
+    fate = {made.id: (found[made.id].state, found[made.id].reason) for made in waiting}
+    assert ("rejected", "too long") in fate.values()
+    assert world.issuer.next(world.issuer.room())[0] is not None
+
+
+def prompt_of(made: Made) -> list[int]:
+    return list(words().encode(made.text, add_special_tokens=False))
 
 
 def test_without_the_table_nothing_of_it_is_in_the_journal() -> None:

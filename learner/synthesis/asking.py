@@ -91,7 +91,7 @@ class Asking:
 
     def _score(self, made: Made) -> Request:
         config, draft = self._config, self._texts.draft(made)
-        assert draft is not None, "a proposal that does not fit was rejected"
+        assert draft is not None, "what does not fit was rejected before anything is asked"
         if self._settings.label == "consensus":  # what is right comes of the answers
             draft = draft._replace(grading=Grading(parts=UNJUDGED))
         n = self._settings.rollouts

@@ -60,6 +60,8 @@ class Synthesis:
         heard = [*self._labeller.hear()], [*self._auditor.hear()]
         if self._seen == self._pool.changes and not any(heard):
             return
+        if self._seen < 0:
+            self._recheck()
         self._seen = self._pool.changes
         for opinion in heard[0]:
             self._label(opinion)
@@ -78,6 +80,13 @@ class Synthesis:
     def close(self) -> None:
         self._labeller.close()
         self._auditor.close()
+
+    def _recheck(self) -> None:
+        """What fitted under the settings of an earlier start need not fit under these."""
+        for made in list(self._pool.state.made.values()):
+            waits = made.state in ("extracted", "labelled") and made.score < 0
+            if waits and self._texts.draft(made) is None:
+                self._reject(made, "too long")
 
     # ---- from state to state -----------------------------------------------------------------
 
