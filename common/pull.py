@@ -105,7 +105,7 @@ def _patched(origin: _Origin, manifest: Manifest, own: Weights | None) -> Weight
             log.warning("from the last full version, since from version %d: %s", own.version, error)
         chain, root = _chain(origin, manifest, None)
     assert root is not None, "a chain that does not begin at one's own begins at a full version"
-    buffer = np.empty(root.nbytes, np.uint8).data
+    buffer = _room(root, root.nbytes)
     _receive(origin, root, buffer)  # not hashed: what is made of it will be
     return _made(origin, buffer, chain)
 
@@ -114,7 +114,7 @@ def _made(origin: _Origin, buffer: memoryview, chain: Sequence[Manifest]) -> Wei
     """`buffer` is changed to the version that the chain ends at."""
     elements = np.frombuffer(buffer, np.uint16)
     for link in chain:
-        frames = np.empty(sum(blob.nbytes for blob in link.blobs), np.uint8).data
+        frames = _room(link, sum(blob.nbytes for blob in link.blobs))
         _receive(origin, link, frames)
         patch.apply(frames, elements)
     content = _Content(chain[-1], buffer)
@@ -132,7 +132,8 @@ def _chain(
     while own is None or (chain[-1].base, chain[-1].base_digest) != (own.version, own.digest):
         link = chain[-1]
         base = _manifest(origin, link.base)
-        if base.digest != link.base_digest or base.tensors != manifest.tensors:
+        same = (base.nbytes, base.tensors) == (manifest.nbytes, manifest.tensors)
+        if base.digest != link.base_digest or not same:
             raise WeightsError(f"version {base.version} is not what {link.version} changes")
         if base.kind == "full":
             return chain[::-1], base
@@ -142,20 +143,28 @@ def _chain(
 
 def _copied(own: Weights, manifest: Manifest) -> memoryview:
     """One's own version as bytes laid out as the manifest says: others still read the original."""
-    shapes = [tensor[:3] for tensor in own.tensors]
-    if shapes != [(e.name, e.dtype, e.shape) for e in manifest.tensors]:
+    entries, pieces = lay_out(own.tensors)
+    if (entries, sum(map(len, pieces))) != (manifest.tensors, manifest.nbytes):
         raise WeightsError(f"version {own.version} at hand has other tensors")
-    buffer = np.empty(manifest.nbytes, np.uint8)
+    buffer = np.frombuffer(_room(manifest, manifest.nbytes), np.uint8)
     for tensor, entry in zip(own.tensors, manifest.tensors, strict=True):
         buffer[entry.offset : entry.offset + entry.nbytes] = np.frombuffer(tensor.data, np.uint8)
     return buffer.data
+
+
+def _room(manifest: Manifest, nbytes: int) -> memoryview:
+    """Raises WeightsError: what its manifest asks for is more than there is."""
+    try:
+        return np.empty(nbytes, np.uint8).data
+    except (MemoryError, ValueError):  # ValueError: no machine could address it
+        raise WeightsError(f"version {manifest.version}: no memory for {nbytes} bytes") from None
 
 
 # -- whole versions --------------------------------------------------------------------------------
 
 
 def _pull(origin: _Origin, manifest: Manifest) -> Weights:
-    buffer = np.empty(manifest.nbytes, np.uint8).data
+    buffer = _room(manifest, manifest.nbytes)
     content = _Content(manifest, buffer)
     _receive(origin, manifest, buffer, content)
     return _weights(manifest, buffer, content.digest())
@@ -244,6 +253,7 @@ def _manifest(origin: _Origin, version: int) -> Manifest:
     ends = [0, *(entry.offset + entry.nbytes for entry in manifest.tensors)]
     starts = [*(entry.offset for entry in manifest.tensors), manifest.nbytes]
     wrong = any(entry.nbytes < 0 for entry in manifest.tensors)
+    wrong |= any(blob.nbytes < 0 for blob in manifest.blobs)
     wrong |= any(start < end for start, end in zip(starts, ends, strict=True))
     blobs = sum(blob.nbytes for blob in manifest.blobs)
     if manifest.kind == "patch":

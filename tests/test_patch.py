@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -18,7 +18,7 @@ from common.errors import WeightsError
 from common.failpoints import Failpoint
 from common.pull import fetch
 from common.stores import RedisStore
-from common.versions import Registry, Tensor, Weights, digest
+from common.versions import Blob, Registry, Tensor, Weights, digest
 from learner.publish import Publisher
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=4)
@@ -251,6 +251,34 @@ def test_a_chain_with_a_broken_link_is_refused_until_the_learner_publishes_it_wh
     assert learner.fetch().digest == learner.digests[4]
 
 
+def rewrite(registry: Registry, version: int, **fields: Any) -> None:
+    """The manifest as it is when these fields were damaged where it lies."""
+    wrong = msgspec.structs.replace(registry.manifest(version), **fields)
+    registry.client.hset(registry.key("manifests"), str(version), msgspec.msgpack.encode(wrong))
+
+
+@pytest.mark.parametrize("damaged", ["nbytes", "blob"])
+def test_a_manifest_that_asks_for_more_memory_than_there_is_is_damage_like_any_other(
+    registry: Registry, damaged: str
+) -> None:
+    learner = Learner(registry)
+    learner.publish(2)
+    own = learner.fetch()
+    learner.publish()
+    huge: dict[str, Any] = {"nbytes": 1 << 60}
+    if damaged == "blob":  # … and the root's, all of it of one mind
+        huge["blobs"] = (Blob(key=learner.key(2), nbytes=1 << 60),)
+    for version in (0, 1, 2):
+        if damaged == "blob" or version == 2:
+            rewrite(registry, version, **huge)
+    for base in (None, own):
+        with pytest.raises(WeightsError, match="asked the learner for all of it"):
+            learner.fetch(own=base)
+    learner.publisher._look_at = 0.0
+    learner.publisher.ensure()
+    assert learner.fetch(own=own).digest == learner.digests[2]
+
+
 def test_a_wish_for_a_whole_version_is_granted_with_the_next_one(registry: Registry) -> None:
     learner = Learner(registry)
     learner.publish(2)
@@ -264,8 +292,7 @@ def test_a_wish_for_a_whole_version_is_granted_with_the_next_one(registry: Regis
 def test_a_result_with_another_digest_than_the_manifest_says_is_refused(registry: Registry) -> None:
     learner = Learner(registry)
     learner.publish(3)
-    wrong = msgspec.structs.replace(registry.manifest(2), digest="0" * 32)
-    registry.client.hset(registry.key("manifests"), "2", msgspec.msgpack.encode(wrong))
+    rewrite(registry, 2, digest="0" * 32)
     with pytest.raises(WeightsError, match="version 2: the content's digest is"):
         learner.fetch()
 
