@@ -21,7 +21,7 @@ from common.journal import Journal, Position
 from common.models import find
 from common.proposals import Proposals
 from common.recipe import load_all
-from common.records import Admit, AnyRecord, Halt, Issue, Open, Proposal, Ready, Step
+from common.records import Admit, AnyRecord, Drop, Halt, Issue, Open, Proposal, Ready, Step
 from learner.config import LearnerConfig
 from learner.follow import followers
 from learner.inbox import select
@@ -114,12 +114,7 @@ class World:
 
     def turn(self) -> None:
         """Everything that has room is asked and answered; then a step, where there is a batch."""
-        self.issuer.turn()
-        room = self.issuer.room()
-        for _ in range(40):
-            id_, room = self.issuer.next(room)
-            if id_ is None:
-                break
+        self.ask()
         for entry in list(self.ledger.in_flight()):
             self.answer(entry.ticket)
             self.issuer.turn()
@@ -128,6 +123,14 @@ class World:
             t = self.ledger.t
             ended = {"consumed": batch.consumed, "dropped": batch.dropped}
             self.write(Step(t=t, version=t + 1, digest="", **ended))
+
+    def ask(self) -> None:
+        self.issuer.turn()
+        room = self.issuer.room()
+        for _ in range(40):
+            id_, room = self.issuer.next(room)
+            if id_ is None:
+                break
 
     def answer(self, ticket: wire.Ticket) -> None:
         rollouts = tuple(self.rollout(ticket, i) for i in range(ticket.n))
@@ -413,6 +416,28 @@ def test_a_proposal_that_does_not_fit_the_settings_of_a_resume_is_rejected_with_
     fate = {made.id: (found[made.id].state, found[made.id].reason) for made in waiting}
     assert ("rejected", "too long") in fate.values()
     assert world.issuer.next(world.issuer.room())[0] is not None
+
+
+def test_a_proposal_asked_for_before_synthesis_was_off_is_dropped_with_a_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    world = World()
+    flying: list[Any] = []
+    while not flying:
+        world.turn()
+        world.ask()
+        flying = [e for e in world.ledger.in_flight() if e.ticket.kind == "propose"]
+    for name, found in followers(world.config, 0).items():  # as after a checkpoint without it
+        world.ledger.followers[name] = found
+    world.begin()
+    with caplog.at_level(logging.WARNING):
+        world.answer(flying[0].ticket)
+        world.issuer.turn()
+    ends = [r for r in world.records if isinstance(r, Drop) and r.ticket == flying[0].ticket.id]
+    assert [end.reason for end in ends] == ["surplus"]
+    assert caplog.text.count("was issued before synthesis was off") == 1
+    before = world.ledger.t
+    assert world.until(before + 4).pool.state.proposals > 0
 
 
 def prompt_of(made: Made) -> list[int]:

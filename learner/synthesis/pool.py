@@ -174,7 +174,9 @@ class Pool:
         if ticket.kind == "main":
             self._consider(ticket, group)
         elif ticket.kind == "propose":
-            asked = self.state.asked[ticket.id]
+            asked = self.state.asked.get(ticket.id)
+            if asked is None:
+                return  # issued before synthesis was off for a while: server.py rejects it
             asked.admitted = True
             self.state.proposals += asked.n
             for rollout in range(asked.n):

@@ -62,6 +62,7 @@ class Synthesis:
             return
         if self._seen < 0:
             self._recheck()
+        self._reject_unknown()
         self._seen = self._pool.changes
         for opinion in heard[0]:
             self._label(opinion)
@@ -87,6 +88,15 @@ class Synthesis:
             waits = made.state in ("extracted", "labelled") and made.score < 0
             if waits and self._texts.draft(made) is None:
                 self._reject(made, "too long")
+
+    def _reject_unknown(self) -> None:
+        """Groups that the pool knows nothing of: synthesis was off after their tickets were issued."""
+        known = self._pool.state.asked
+        for id_, entry in list(self._ledger.open.items()):
+            waits = entry.group is not None and not entry.scores
+            if entry.ticket.kind == "propose" and waits and id_ not in known:
+                log.warning("ticket %d was issued before synthesis was off; it is dropped", id_)
+                self._write(Drop(ticket=id_, reason="surplus"))
 
     # ---- from state to state -----------------------------------------------------------------
 
