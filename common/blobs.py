@@ -12,6 +12,7 @@ like the main channel, by the same keys.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 
@@ -77,6 +78,7 @@ class PulledStore:
         self._registry, self._learner, self._keys = registry, learner, keys
         self._silence_s, self._patience_s = silence_s, patience_s
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._lock, self._is_closed = threading.Lock(), False  # no socket of a context that ends
 
     def get(self, key: str, into: memoryview) -> None:
         """Raises WeightsError: the learner has no such blob, or one of another size; DeadlineError.
@@ -98,6 +100,8 @@ class PulledStore:
 
     def close(self) -> None:
         """Ends what is under way, in whatever thread, with WeightsError."""
+        with self._lock:
+            self._is_closed = True
         self._context.term()
 
     def _converse(self, pull: _Pull, silence_s: float) -> None:
@@ -106,7 +110,10 @@ class PulledStore:
         if served is None:
             raise WeightsError("no learner serves blobs; it has not published yet")
         where = address(self._learner, served)
-        socket = connect_dealer(self._context, where, self._keys, CHUNK)
+        with self._lock:
+            if self._is_closed:
+                raise WeightsError(f"blob {pull.key}: the store is closed")
+            socket = connect_dealer(self._context, where, self._keys, CHUNK)
         try:
             pull.begin()
             while not pull.done:

@@ -64,11 +64,12 @@ def bind_router(
     try:
         if keys is not None:
             _admit(context, keys.peers)
-            _authenticate(socket, keys)
-            socket.setsockopt(zmq.CURVE_SERVER, 1)
+            _authenticate(socket, keys, server=True)
         socket.bind(endpoint)
-    except zmq.ZMQError as error:
+    except BaseException as error:
         socket.close(0)
+        if not isinstance(error, zmq.ZMQError):
+            raise
         raise ConfigError(_why_not_bound(endpoint, error)) from None
     return socket, socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
@@ -79,20 +80,21 @@ def connect_dealer(
     """An actor's socket with a routing id of its own; connecting goes on in the background, for
     ever.
 
-    Raises ConfigError: the endpoint is unusable, or leaves loopback without keys.
+    Raises ConfigError: the endpoint or a key is unusable, or it leaves loopback without keys.
     """
     demand_keys(endpoint, keys, "connect to")
     socket = context.socket(zmq.DEALER)
-    _configure(socket, max_bytes)
-    socket.setsockopt(zmq.RECONNECT_IVL, 100)
-    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1_000)
-    if keys is not None:
-        _authenticate(socket, keys)
-        socket.setsockopt(zmq.CURVE_SERVERKEY, keys.peers[0])
     try:
+        _configure(socket, max_bytes)
+        socket.setsockopt(zmq.RECONNECT_IVL, 100)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1_000)
+        if keys is not None:
+            _authenticate(socket, keys)
         socket.connect(endpoint)
-    except zmq.ZMQError as error:
+    except BaseException as error:
         socket.close(0)
+        if not isinstance(error, zmq.ZMQError) or isinstance(error, zmq.ContextTerminated):
+            raise
         raise ConfigError(
             f"cannot connect to {endpoint}: {error.strerror}; give tcp://HOST:PORT"
         ) from None
@@ -125,9 +127,21 @@ def _configure(socket: Any, max_bytes: int) -> None:
     socket.setsockopt(zmq.HEARTBEAT_TTL, DEAD_MS)
 
 
-def _authenticate(socket: Any, keys: Keys) -> None:
-    socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
-    socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+def _authenticate(socket: Any, keys: Keys, server: bool = False) -> None:
+    """Raises ConfigError: one of the keys cannot be one. It is not quoted: it may be the secret."""
+    try:
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+        if server:
+            socket.setsockopt(zmq.CURVE_SERVER, 1)
+        else:
+            socket.setsockopt(zmq.CURVE_SERVERKEY, keys.peers[0])
+    except zmq.ZMQError as error:
+        if isinstance(error, zmq.ContextTerminated):
+            raise
+        raise ConfigError(
+            "a key of run.keys is not 40 letters of Z85: take the file as `isentrope keys` made it"
+        ) from None
 
 
 def demand_keys(endpoint: str, keys: Keys | None, verb: str) -> None:

@@ -173,6 +173,19 @@ def test_a_pull_ends_when_its_store_is_closed(registry: Registry, free_port: int
             coming.result(10)
 
 
+def test_a_store_may_be_closed_while_readers_connect(registry: Registry, free_port: int) -> None:
+    registry.serve(1, f"tcp://127.0.0.1:{free_port}")
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(20):
+            store = PulledStore(registry, ANY, silence_s=0.001)  # connects again and again
+            coming = [threads.submit(pulled, store) for _ in range(4)]
+            store.close()
+            for each in coming:
+                with pytest.raises(WeightsError, match="blob big"):
+                    each.result(10)
+    store.close()
+
+
 def test_frames_that_are_no_asks_are_counted_and_the_others_answered(
     registry: Registry, served: ServedStore, closing: Callable[[object], None]
 ) -> None:

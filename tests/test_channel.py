@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -166,3 +167,21 @@ def test_a_message_far_over_the_limit_never_arrives_and_others_still_do(ends: En
     assert _arrives(router, 5_000)
     assert router.recv_multipart()[1] == b"small"
     assert not _arrives(router, 300)
+
+
+@pytest.mark.parametrize("which", ["public", "secret", "peers"])
+def test_forty_letters_that_are_no_key_are_one_line_and_leave_no_socket_open(which: str) -> None:
+    bad = b"'" * 40  # no letter of Z85
+    keys = _pair(zmq.curve_keypair()[0])._replace(**{which: (bad,) if which == "peers" else bad})
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    with pytest.raises(ConfigError, match="is not 40 letters of Z85") as caught:
+        connect_dealer(context, "tcp://127.0.0.1:1", keys)
+    assert "\n" not in str(caught.value)
+    if which != "peers":
+        with pytest.raises(ConfigError, match="is not 40 letters of Z85"):
+            bind_router(context, ANY, keys)
+    # an open socket would hold this for ever; the authenticator's own closes with the context
+    ended = threading.Thread(target=context.term, daemon=True)
+    ended.start()
+    ended.join(10)
+    assert not ended.is_alive()
