@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
 import msgspec
 import zmq
@@ -60,6 +61,10 @@ def address(learner: str, served: str) -> str:
     return f"{learner.rpartition(':')[0]}:{served.rpartition(':')[2]}"
 
 
+def nothing() -> None:
+    """For those who do not ask how far it is."""
+
+
 class PulledStore:
     """A source of blobs (stores.py) for several threads at once."""
 
@@ -80,10 +85,10 @@ class PulledStore:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._lock, self._is_closed = threading.Lock(), False  # no socket of a context that ends
 
-    def get(self, key: str, into: memoryview) -> None:
-        """Raises WeightsError: the learner has no such blob, or one of another size; DeadlineError.
-        ConfigError: the learner cannot be reached without keys."""
-        pull = _Pull(key, into)
+    def get(self, key: str, into: memoryview, note: Callable[[], None] = nothing) -> None:
+        """`note` is called for every answer. Raises WeightsError: the learner has no such blob, or
+        one of another size; DeadlineError. ConfigError: it cannot be reached without keys."""
+        pull = _Pull(key, into, note)
         silence_s = self._silence_s
         while not pull.done:
             if time.monotonic() > pull.heard_at + self._patience_s:
@@ -129,8 +134,8 @@ class PulledStore:
 class _Pull:
     """One blob on its way: what is there, what was asked for, what is still to be asked."""
 
-    def __init__(self, key: str, into: memoryview) -> None:
-        self.key, self.into = key, into
+    def __init__(self, key: str, into: memoryview, note: Callable[[], None]) -> None:
+        self.key, self.into, self._note = key, into, note
         self.there = 0
         self.heard_at = time.monotonic()
         self._missing = set(range(0, max(1, len(into)), CHUNK))  # an empty blob is asked for too
@@ -171,3 +176,4 @@ class _Pull:
             self.there += len(data)
             self._open -= 1
             self.heard_at = time.monotonic()
+            self._note()

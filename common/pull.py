@@ -16,8 +16,8 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
@@ -34,12 +34,12 @@ _READERS = 2  # blobs on their way at once: one is received while the one before
 
 
 class _Origin(NamedTuple):
-    """Where to take versions from, in what time, and whom to believe."""
+    """Where to take versions from, how patiently, and whom to believe."""
 
     registry: Registry
     source: Source
     known_incarnation: int
-    deadline: float  # time.monotonic()
+    silence_s: float
 
 
 def put_version(
@@ -63,11 +63,12 @@ def fetch(
     source: Source,
     version: int | None = None,
     known_incarnation: int = 0,
-    timeout_s: float = 120.0,
+    silence_s: float = 120.0,
     own: Weights | None = None,
 ) -> Weights:
     """The newest version (None), or a certain one, complete and verified; its tensors are views
     into one buffer of its own. `own`: a version at hand, which patches may be applied to a copy of.
+    It may take as long as it takes while bytes come; `silence_s` without one is its end.
 
     Raises WeightsError with the reason (nothing published, a learner older than
     `known_incarnation`, a missing or short blob, a wrong digest) and DeadlineError. For a blob that
@@ -77,7 +78,7 @@ def fetch(
         version = registry.latest()
         if version is None:
             raise WeightsError("no version is published yet")
-    origin = _Origin(registry, source, known_incarnation, time.monotonic() + timeout_s)
+    origin = _Origin(registry, source, known_incarnation, silence_s)
     manifest = _manifest(origin, version)
     try:
         if manifest.kind == "full":
@@ -188,31 +189,57 @@ def _receive(
 ) -> None:
     """All blobs of a version into `buffer`; `content` hashes them as they come."""
     there = 0
+    progress = _Progress()
     readers = ThreadPoolExecutor(_READERS, "fetch")
     try:
-        coming = _start(readers, origin.source, manifest.blobs, buffer)
+        coming = _start(readers, origin.source, manifest.blobs, buffer, progress.note)
         for blob, future in zip(manifest.blobs, coming, strict=True):
-            future.result(timeout=max(0.0, origin.deadline - time.monotonic()))
+            if not progress.until(future, origin.silence_s):
+                raise DeadlineError(
+                    f"version {manifest.version}: no byte came for {origin.silence_s:g} s; "
+                    f"{there} of {len(buffer)} are there"
+                )
+            future.result()
             there += blob.nbytes
             if content is not None:
                 content.arrived(blob.nbytes)
-    except DeadlineError:
-        raise
-    except TimeoutError:
-        raise DeadlineError(
-            f"version {manifest.version}: {there} of {len(buffer)} bytes until the deadline"
-        ) from None
     finally:
+        progress.is_over = True
         readers.shutdown(wait=False, cancel_futures=True)
 
 
+class _Progress:
+    """When the last bytes came, whichever reader's; readers left behind end at their next bytes."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self._at = time.monotonic()
+
+    def note(self) -> None:
+        if self.is_over:
+            raise WeightsError("nobody waits for this blob any more")
+        self._at = time.monotonic()
+
+    def until(self, future: Future[None], silence_s: float) -> bool:
+        """False: there was none for so long."""
+        while not wait([future], max(0.0, self._at + silence_s - time.monotonic())).done:
+            if time.monotonic() >= self._at + silence_s:
+                return False
+        return True
+
+
 def _start(
-    readers: ThreadPoolExecutor, source: Source, blobs: Sequence[Blob], buffer: memoryview
+    readers: ThreadPoolExecutor,
+    source: Source,
+    blobs: Sequence[Blob],
+    buffer: memoryview,
+    note: Callable[[], None],
 ) -> list[Future[None]]:
     starts = itertools.accumulate((blob.nbytes for blob in blobs), initial=0)
     pairs = zip(blobs, starts, strict=False)  # one start more than blobs: the end
     return [
-        readers.submit(source.get, blob.key, buffer[at : at + blob.nbytes]) for blob, at in pairs
+        readers.submit(source.get, blob.key, buffer[at : at + blob.nbytes], note)
+        for blob, at in pairs
     ]
 
 

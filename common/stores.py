@@ -8,26 +8,27 @@ learner[:PORT]  the learner's own memory, over a socket of its own (blobs.py)
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, cast
 
 from common import keys
-from common.blobs import PulledStore
+from common.blobs import PulledStore, nothing
 from common.config import RunConfig
 from common.errors import ConfigError, WeightsError
 from common.versions import Registry, wrong_size
 
 _RANGE_BYTES = 1 << 20  # of one reply from Redis
+_READ_BYTES = 8 << 20  # of one look at a file, which may lie behind a slow network
 
 
 class Source(Protocol):
     """What an actor needs of a store."""
 
-    def get(self, key: str, into: memoryview) -> None:
-        """Fill `into`. Raises WeightsError for a blob that is missing or of another size, and
-        DeadlineError.
+    def get(self, key: str, into: memoryview, note: Callable[[], None] = nothing) -> None:
+        """Fill `into`, and call `note` whenever more of it is there; what it raises ends the work.
+        Raises WeightsError for a blob that is missing or of another size, and DeadlineError.
         """
         ...
 
@@ -63,7 +64,7 @@ class RedisStore:
             self._redis.sadd(self._names, key)
             self._redis.set(self._key(key), data[0] if len(data) == 1 else b"".join(data))
 
-    def get(self, key: str, into: memoryview) -> None:
+    def get(self, key: str, into: memoryview, note: Callable[[], None] = nothing) -> None:
         # in ranges: a reply is parsed and copied while it is small enough for the processor's cache
         for first in range(0, max(1, len(into)), _RANGE_BYTES):
             want = into[first : first + _RANGE_BYTES]
@@ -74,6 +75,7 @@ class RedisStore:
             if len(part) != len(want):
                 raise wrong_size(key, first + len(part), len(into))
             want[:] = part
+            note()
 
     def missing(self, keys: Sequence[str]) -> list[str]:
         with (
@@ -130,13 +132,17 @@ class FileStore:
                 aside.unlink()
             raise WeightsError(f"blob {path} could not be written: {error.strerror}") from None
 
-    def get(self, key: str, into: memoryview) -> None:
+    def get(self, key: str, into: memoryview, note: Callable[[], None] = nothing) -> None:
         path = self._path(key)
         try:
             with path.open("rb", buffering=0) as file:
                 size, at = os.fstat(file.fileno()).st_size, 0
-                while size == len(into) and at < size and (read := file.readinto(into[at:])):
+                while size == len(into) and at < size:
+                    read = file.readinto(into[at : at + _READ_BYTES])
+                    if not read:
+                        break
                     at += read
+                    note()
         except FileNotFoundError:
             raise wrong_size(key, 0, len(into)) from None
         except OSError as error:

@@ -13,14 +13,14 @@ import itertools
 import logging
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 import zmq
 
 from common import blobs, keys
-from common.blobs import CHUNK, ENCODER, MAX_ASK, Ask, Part
+from common.blobs import CHUNK, ENCODER, MAX_ASK, Ask, Part, nothing
 from common.channel import Keys, bind_router
 from common.config import RunConfig
 from common.stores import Store, open_store
@@ -71,11 +71,12 @@ class ServedStore:
         self._blobs[key] = _Blob([piece for piece in data if len(piece)])
         self._registry.serve(self._incarnation, self.endpoint)
 
-    def get(self, key: str, into: memoryview) -> None:
+    def get(self, key: str, into: memoryview, note: Callable[[], None] = nothing) -> None:
         held = self._blobs.get(key)
         if held is None or held.total != len(into):
             raise wrong_size(key, held.total if held else 0, len(into))
         into[:] = held.part(0, held.total)
+        note()
 
     def missing(self, keys: Sequence[str]) -> list[str]:
         """All of them, when the registry has forgotten where they are."""

@@ -1,14 +1,16 @@
 """What a fetch promises: all the bytes that the manifest says, or an error that says why."""
 
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 
+from common.blobs import nothing
 from common.errors import ConfigError, DeadlineError, WeightsError
 from common.failpoints import Failpoint
 from common.pull import ALIGNMENT, fetch
@@ -130,7 +132,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(
         fetch(registry, store)
 
 
-def test_a_fetch_that_takes_too_long_says_how_far_it_came(
+def test_a_fetch_without_a_byte_for_too_long_says_how_far_it_came(
     registry: Registry, tmp_path: Path
 ) -> None:
     store = FileStore(tmp_path)
@@ -141,10 +143,54 @@ def test_a_fetch_that_takes_too_long_says_how_far_it_came(
     began = time.monotonic()
     try:
         with pytest.raises(DeadlineError, match="0 of"):
-            fetch(registry, store, timeout_s=0.2)
+            fetch(registry, store, silence_s=0.2)
         assert time.monotonic() - began < 5
     finally:
         os.close(os.open(pipe, os.O_RDWR | os.O_NONBLOCK))  # frees the thread that waits
+
+
+class Trickling(FileStore):
+    """Behind a network that is slow, but never silent."""
+
+    def get(self, key: str, into: memoryview, note: Callable[[], None] = nothing) -> None:
+        for _ in range(40):
+            time.sleep(0.02)  # the slowness itself: nothing is awaited
+            note()
+        super().get(key, into, note)
+
+
+def test_a_slow_fetch_takes_its_time_while_bytes_come(registry: Registry, tmp_path: Path) -> None:
+    store = Trickling(tmp_path)
+    named = publish(registry, store, some_tensors())
+    began = time.monotonic()
+    assert fetch(registry, store, silence_s=0.5).digest == named
+    assert time.monotonic() - began > 0.5
+
+
+class Endless(FileStore):
+    """The first blob is damaged, and the others never end."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.ended = threading.Event()
+
+    def get(self, key: str, into: memoryview, note: Callable[[], None] = nothing) -> None:
+        if key.endswith("-0"):
+            raise WeightsError("damaged")
+        try:
+            while True:
+                note()
+        finally:
+            self.ended.set()
+
+
+def test_a_reader_that_is_left_behind_ends(registry: Registry, tmp_path: Path) -> None:
+    store = Endless(tmp_path)
+    store.blob_bytes = 4096
+    publish(registry, store, some_tensors())
+    with pytest.raises(WeightsError, match="damaged"):
+        fetch(registry, store)
+    assert store.ended.wait(10)
 
 
 def test_a_file_store_leaves_nothing_half_written_under_a_blob_s_name(
