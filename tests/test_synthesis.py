@@ -128,6 +128,19 @@ def test_both_ways_to_work_out_a_sum_agree_and_neither_labels_what_is_no_sum() -
         assert label.arithmetic(text) is label.by_columns(text) is None
 
 
+def test_a_second_opinion_that_writes_the_same_otherwise_is_no_other() -> None:
+    for one, two in (
+        ("42", "42.0"),
+        ("42", "42\n"),
+        ("1e2", "100"),
+        ("x + 1", " x  + 1"),
+        ("a", "a"),
+    ):
+        assert label.same(one, two)
+    for one, two in (("42", "42.1"), ("4 2", "42"), ("nan", "inf"), ("yes", "no"), ("42", "x")):
+        assert not label.same(one, two)
+
+
 def test_a_sum_that_evaluations_ask_is_known_in_any_order() -> None:
     problem = draw(0, 3, "heldout").text
     turned = "+".join(reversed(problem.rstrip("?").split("+"))) + "?"

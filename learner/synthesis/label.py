@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
 from typing import NamedTuple
 
 from common.errors import ConfigError
@@ -70,6 +71,14 @@ def majority(answers: Sequence[str | None]) -> tuple[str, float]:
     answer, count = min(counts.items(), key=lambda pair: (-pair[1], pair[0]))
     share = count / len(answers)
     return (answer if share > 0.5 else ""), share
+
+
+def same(label: str, other: str) -> bool:
+    """Whether two labels say the same: as numbers where both are, else word by word."""
+    one, two = _number(label), _number(other)
+    if one is not None and two is not None:
+        return one == two
+    return label.split() == other.split()
 
 
 def load(name: str) -> Label:
@@ -173,6 +182,14 @@ def _opinion(label: Label, id_: str, problem: str) -> Opinion:
     if gold is None or not isinstance(gold, str) or not gold.strip():
         return Opinion(id_, "", "the labeller cannot tell")
     return Opinion(id_, gold)
+
+
+def _number(label: str) -> Decimal | None:
+    try:
+        found = Decimal(label.strip())
+    except InvalidOperation:
+        return None
+    return found if found.is_finite() else None
 
 
 def _summands(problem: str) -> tuple[int, ...]:

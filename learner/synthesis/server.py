@@ -21,7 +21,7 @@ from learner.ledger import Ledger
 from learner.prompts.stream import Prompts
 from learner.synthesis.asking import Asking, share
 from learner.synthesis.checks import clusters, leaks
-from learner.synthesis.label import Labeller, Opinion, majority
+from learner.synthesis.label import Labeller, Opinion, majority, same
 from learner.synthesis.pool import SETTLED, Made, Pool, worn
 from learner.synthesis.reward import diversity, in_band, unusable, worth
 from learner.synthesis.texts import Texts
@@ -90,7 +90,7 @@ class Synthesis:
                 self._reject(made, "too long")
 
     def _reject_unknown(self) -> None:
-        """Groups that the pool knows nothing of: synthesis was off after their tickets were issued."""
+        """Groups that the pool does not know: synthesis was off since their tickets were issued."""
         known = self._pool.state.asked
         for id_, entry in list(self._ledger.open.items()):
             waits = entry.group is not None and not entry.scores
@@ -163,7 +163,7 @@ class Synthesis:
         made, gold = self._pool.state.made.get(opinion.id), self._golds.pop(opinion.id, "")
         if made is None or made.state != "extracted":
             return
-        verdict = ("right" if opinion.gold == gold else "wrong") if opinion.gold else ""
+        verdict = ("right" if same(opinion.gold, gold) else "wrong") if opinion.gold else ""
         self._record(made, "labelled", gold=gold, origin=self._settings.label, audit=verdict)
 
     def _score(self, made: Made) -> None:
