@@ -15,7 +15,7 @@ from common.errors import ConfigError, DataError
 from learner.config import LearnerConfig
 from learner.item import Item
 from learner.origin import of_answers
-from learner.prompts.config import PromptsConfig
+from learner.prompts.config import MixedSource, PromptsConfig
 from learner.prompts.mixture import BLOCK, Mixture, quotas
 from learner.prompts.source import open_source
 from learner.prompts.stream import Prompts
@@ -218,3 +218,21 @@ def test_the_metrics_tell_of_every_source_and_a_step_of_its_entropy(tmp_path: Pa
     every = [metrics[f"sources/{name}"]["entropy"] for name in ("sums", "spelling")]  # type: ignore[index]
     assert min(every) <= metrics["entropy"] <= max(every)
     assert of_answers(groups, LearnerConfig(threads=1)) == {}, "one source has no line of its own"
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        PromptsConfig(source="jsonl", path="data/synthesis.jsonl"),
+        PromptsConfig(sources=(MixedSource(name="synthesis"), MixedSource(name="b"))),
+        PromptsConfig(sources=(MixedSource(source="saved", path="data/synthesis"),)),
+    ],
+)
+def test_a_source_called_as_proposed_problems_are_is_refused(prompts: PromptsConfig) -> None:
+    with pytest.raises(ConfigError, match=r'"synthesis" is what proposed problems are called'):
+        prompts.check()
+
+
+def test_a_file_called_so_may_be_asked_under_another_name() -> None:
+    named = MixedSource(name="mine", source="jsonl", path="data/synthesis.jsonl")
+    PromptsConfig(sources=(named,)).check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -9,6 +10,7 @@ import msgspec
 from common import grading
 from common.config import Positive, PositiveInt, Section, need
 from common.errors import ConfigError
+from common.proposals import PREFIX
 from learner.prompts.templates import FORMAT, TemplatesConfig
 
 FILES = ("jsonl", "parquet", "saved")
@@ -82,6 +84,10 @@ class PromptsConfig(Section, frozen=True, kw_only=True):
     parts: tuple[PartConfig, ...] = ()  # in place of `grader`; the first is the raw correctness
 
     def check(self) -> None:
+        self._check_names()
+        self._check_all()
+
+    def _check_all(self) -> None:
         if self.sources:
             self._check_mixture()
         else:
@@ -92,6 +98,16 @@ class PromptsConfig(Section, frozen=True, kw_only=True):
     def each(self) -> list[PromptsConfig]:
         """One for each source, as if it were the only one."""
         return [_alone(self, mixed) for mixed in self.sources] or [self]
+
+    def _check_names(self) -> None:
+        """Problems are called by their source, and those that the policy proposed by PREFIX."""
+        for source in self.sources or (self,):
+            name = getattr(source, "name", "") or PurePath(source.path).stem
+            need(
+                name.split("/")[0] != PREFIX,
+                f'"{name}" is what proposed problems are called: rename the file, or give the '
+                "source another `name` in [[learner.prompts.sources]]",
+            )
 
     def _check_source(self) -> None:
         files, gym = self.source in FILES, self.source == "reasoning_gym"
@@ -117,7 +133,7 @@ class PromptsConfig(Section, frozen=True, kw_only=True):
                 f"({total:g})",
             )
             try:
-                alone.check()
+                alone._check_all()
             except ConfigError as error:
                 raise ConfigError(f"sources[{index}].{error}") from None
 
