@@ -101,6 +101,7 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
     changes: tuple[tuple[NaturalInt, Positive], ...] = ()  # (step, target from that step on)
     spread: NotNegative = 0.0  # coefficient of the bonus on lost tokens; 0: no sharpening either
     sharpen: NotNegative = 0.3  # coefficient against the entropy of right answers' tokens
+    first: Literal["price", "weights"] = "price"  # which of them answers before the other
     price_max: NotNegative = 3.0
     lambda_max: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     bonus_max: NotNegative = 1.0
@@ -225,13 +226,17 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
     def _supply(self, short: float, by_price: float, by_weights: float, by_bonus: float) -> Answer:
         """`by_…`: the predicted change from 1 of each, per unit of learning rate."""
         price = tilt = bonus = 0.0
+        least = 0.0 if self.mode == "floor" else -self.lambda_max
+        most = 0.0 if self.mode == "ceiling" else self.lambda_max
+        if self.first == "weights":
+            tilt = min(max(short / by_weights, least), most)
+            short -= tilt * by_weights
         if short > 0 and self.mode != "ceiling":
             price = min(short / by_price, self.price_max) if by_price > 0 else 0.0
             short -= price * by_price
-        least = 0.0 if self.mode == "floor" else -self.lambda_max
-        most = 0.0 if self.mode == "ceiling" else self.lambda_max
-        tilt = min(max(short / by_weights, least), most)
-        short -= tilt * by_weights
+        if self.first == "price":
+            tilt = min(max(short / by_weights, least), most)
+            short -= tilt * by_weights
         if short > 0 and self.mode != "ceiling":
             bonus = min(short / by_bonus, self.bonus_max) if by_bonus > 0 else self.bonus_max
             short -= bonus * by_bonus
