@@ -237,9 +237,21 @@ def test_the_shares_of_a_mixture_are_kept_and_each_source_has_its_own_statistics
     assert run.wanted.success(other, ticket.cursor) == 0.5
 
 
-def test_a_column_that_is_no_difficulty_is_named() -> None:
-    run = Run(Rows(3, difficulty=["easy", 101, 2]), rule="target", difficulty="hard")
-    with pytest.raises(DataError, match=r"column 'hard' is .*; learner\.prompts\.curriculum"):
+def test_rows_without_a_difficulty_are_passed_over_and_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = Run(Rows(4, difficulty=["easy", 101, 2, 90]), rule="target", difficulty="hard")
+    with caplog.at_level("WARNING"):
+        asked = [run.ledger.open[run.issue()].ticket.cursor for _ in range(4)]
+    assert asked[:2] == [2, 3]
+    assert set(asked) == {2, 3}
+    assert caplog.text.count("problem rows/0 passed over, its difficulty is 'easy'") == 1
+    assert caplog.text.count("passed over") == 1
+
+
+def test_a_column_that_is_no_difficulty_anywhere_is_named() -> None:
+    run = Run(Rows(3, difficulty=["easy", 101, None]), rule="target", difficulty="hard")
+    with pytest.raises(DataError, match=r"'rows': learner\.prompts\.curriculum.* column 'hard'"):
         run.issue()
 
 

@@ -16,6 +16,7 @@ asked twice between two steps while there are others.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
@@ -33,7 +34,10 @@ from learner.prompts.source import Problem, Source
 if TYPE_CHECKING:
     from learner.ledger import Entry
 
+log = logging.getLogger("isentrope.prompts")
+
 NAME = "curriculum"
+MOST_VAIN = 100  # looks at a source in a row that find no row with a difficulty
 HARDEST = 100.0  # difficulties are from 0 to this
 
 Place = tuple[str, int]  # source, position in it
@@ -93,6 +97,7 @@ class Curriculum:
         self._tracks: dict[Place, Track] = {}
         self._open: dict[int, Place] = {}  # of main tickets that may still bring evidence
         self._recent: set[Place] = set()  # asked since the last step
+        self._unrated: set[Place] = set()  # rows without a difficulty, passed over
 
     # ---- drawing ---------------------------------------------------------------------------------
 
@@ -108,20 +113,45 @@ class Curriculum:
             found = base.train(position)._replace(epoch=number // rows)
             return source.marked(leaf, found) if isinstance(source, Mixture) else found
 
+        vain = 0
         for attempt in count():
             random = np.random.Generator(np.random.PCG64([self._seed, draw, attempt]))
-            candidates = self._candidates(random, name, rows)
-            problems = {}
+            candidates, problems = self._looked_at(random, rows), {}
             if self._config.rule == "target" and self._config.difficulty:
-                problems = {position: problem(position) for position in candidates}
+                problems = self._rated(name, {at: problem(at) for at in candidates})
+                vain = 0 if problems else vain + 1
+                if vain == MOST_VAIN:
+                    raise DataError(f"source {name!r}: {self._wanted()}; no row looked at has one")
+                candidates = list(problems)
+            candidates = [at for at in candidates if (name, at) not in self._recent] or candidates
             for position in self._ranked(random, name, candidates, problems):
                 yield problems.get(position) or problem(position), position
 
-    def _candidates(self, random: np.random.Generator, name: str, rows: int) -> list[int]:
-        found: list[int] = list(range(rows))
-        if rows > self._config.candidates:
-            found = random.choice(rows, self._config.candidates, replace=False).tolist()
-        return [at for at in found if (name, at) not in self._recent] or found
+    def _looked_at(self, random: np.random.Generator, rows: int) -> list[int]:
+        if rows <= self._config.candidates:
+            return list(range(rows))
+        found: list[int] = random.choice(rows, self._config.candidates, replace=False).tolist()
+        return found
+
+    def _rated(self, name: str, problems: dict[int, Problem]) -> dict[int, Problem]:
+        """Those with a difficulty; the others are counted, and said of the first and thousands."""
+        found = {}
+        for position, problem in problems.items():
+            if _difficulty(problem, self._config) is not None:
+                found[position] = problem
+            elif (name, position) not in self._unrated:
+                self._unrated.add((name, position))
+                if len(self._unrated) % 1_000 == 1:
+                    message = "problem %s passed over, its difficulty is %r (%d so far); %s"
+                    value = problem.columns.get(self._config.difficulty)
+                    log.warning(message, problem.id, value, len(self._unrated), self._wanted())
+        return found
+
+    def _wanted(self) -> str:
+        return (
+            "learner.prompts.curriculum.difficulty wants a number from 0 to 100 in column "
+            f"{self._config.difficulty!r}"
+        )
 
     def _ranked(
         self,
@@ -135,7 +165,7 @@ class Curriculum:
         success = np.array([self.success(name, position) for position in candidates])
         if config.rule == "target":
             given = [_difficulty(problems[at], config) for at in candidates if at in problems]
-            difficulty = np.array(given) if given else HARDEST * (1 - success)
+            difficulty = np.array(given, np.float64) if given else HARDEST * (1 - success)
             order = np.lexsort((chance, np.abs(difficulty - self._state.target)))
         else:  # a race of exponential clocks: the first to ring is drawn ∝ its rate
             rate = weights(success, config.rule, config.epsilon)
@@ -221,12 +251,9 @@ def of(followers: Mapping[str, object]) -> Curriculum | None:
     return found
 
 
-def _difficulty(problem: Problem, config: CurriculumConfig) -> float:
-    """Raises DataError when the row's column is no number from 0 to 100."""
+def _difficulty(problem: Problem, config: CurriculumConfig) -> float | None:
+    """None: the row's column is no number from 0 to 100."""
     value = problem.columns.get(config.difficulty)
     if not isinstance(value, int | float) or not 0 <= value <= HARDEST:
-        raise DataError(
-            f"problem {problem.id}: column {config.difficulty!r} is {value!r}; "
-            "learner.prompts.curriculum.difficulty wants a number from 0 to 100"
-        )
+        return None
     return float(value)
