@@ -10,7 +10,7 @@ Whatever is here may be lost at any moment. Who needs it says it again. Keys, ea
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -23,6 +23,7 @@ from redis.retry import Retry
 from common.config import without_password
 from common.errors import ConfigError, DeadlineError, WeightsError
 
+SWEPT = 16  # names looked at whenever somebody says that it lives
 LEAVE_ALONE_S = 5.0  # after a silence, by somebody who only wants to be seen
 
 
@@ -80,7 +81,9 @@ class SoftState:
     def live(self, name: str, what: bytes | str, ttl_s: float = 10.0) -> bool:
         """Say that `name` ("learner", "actor:…") lives, with anything that people want to know.
 
-        Never raises for Redis' sake: False when it is away, and then it is left alone for a while.
+        Some of the others, drawn anew each time, are dropped if they fell silent: names of actors
+        that come and go do not gather. Never raises for Redis' sake: False when it is away, and
+        then it is left alone for a while.
         """
         if time.monotonic() < self._leave_alone_until:
             return False
@@ -88,7 +91,9 @@ class SoftState:
             with self.asking("note who lives"), self.client.pipeline(transaction=False) as pipe:
                 pipe.sadd(self.key("live"), name)
                 pipe.set(self.key(f"live:{name}"), what, px=max(1, int(ttl_s * 1000)))
-                pipe.execute()
+                pipe.srandmember(self.key("live"), SWEPT)
+                *_, drawn = pipe.execute()
+                self._said(sorted(name.decode(errors="replace") for name in drawn))
         except (DeadlineError, WeightsError):
             self._leave_alone_until = time.monotonic() + LEAVE_ALONE_S
             return False
@@ -107,14 +112,17 @@ class SoftState:
             names = sorted(
                 n.decode() for n in cast("set[bytes]", self.client.smembers(self.key("live")))
             )
-            if not names:
-                return {}
-            said = cast(
-                "list[bytes | None]", self.client.mget([self.key(f"live:{n}") for n in names])
-            )
-            silent = [name for name, what in zip(names, said, strict=True) if what is None]
-            if silent:
-                self.client.srem(self.key("live"), *silent)
+            return self._said(names)
+
+    def _said(self, names: Sequence[str]) -> dict[str, bytes]:
+        """What those of them said who live; the others' names are dropped."""
+        if not names:
+            return {}
+        keys = [self.key(f"live:{name}") for name in names]
+        said = cast("list[bytes | None]", self.client.mget(keys))
+        silent = [name for name, what in zip(names, said, strict=True) if what is None]
+        if silent:
+            self.client.srem(self.key("live"), *silent)
         return {name: what for name, what in zip(names, said, strict=True) if what is not None}
 
 

@@ -12,6 +12,7 @@ import redis
 
 from common.errors import ConfigError, DeadlineError, WeightsError
 from common.redis_server import RedisServer
+from common.softstate import SWEPT
 from common.versions import Blob, Entry, Manifest, Registry, Stamp, Tensor, digest
 
 
@@ -169,6 +170,16 @@ def test_who_lives_is_known_until_it_leaves_or_falls_silent(registry: Registry) 
     assert registry.living() == {"learner": b'{"step": 1}', "actor:a": b"{}"}
     registry.leave("actor:a")
     assert registry.living() == {"learner": b'{"step": 1}'}
+
+
+def test_names_of_the_dead_are_dropped_by_whoever_says_that_it_lives(registry: Registry) -> None:
+    dead = [f"actor:{n}" for n in range(100)]
+    registry.client.sadd(registry.key("live"), *dead)  # their keys have expired
+    registry.live("actor:a", b"{}", ttl_s=60)
+    assert registry.client.scard(registry.key("live")) >= 101 - SWEPT, "bounded work each time"
+    for _ in range(200):  # the learner does so twice a second
+        registry.live("learner", "{}", ttl_s=60)
+    assert registry.client.smembers(registry.key("live")) == {b"learner", b"actor:a"}
 
 
 def wait_until_gone(client: "redis.Redis", key: str) -> None:
