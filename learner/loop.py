@@ -11,7 +11,7 @@ Of many ranks (learner/ranks.py) this is rank 0's day; the others do what it say
 
 What it waits for, and who ends the wait: `take` for enough usable groups (actors; a stop signal);
 `_evaluate` for the answers to eval tickets (actors; a stop signal); `publish` for Redis (its
-deadline). With no actor it waits for one.
+deadline: a step's version is then left to `ensure`). With no actor it waits for one.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def _step(it: Learner, batch: Selection) -> str:
     t = it.state.t
     if t % it.config.checkpoint_every == 0 or t == it.config.steps:
         _checkpoint(it)
-    it.publisher.publish(t, t, tensors, record.digest)
-    it.desk.announce(t)
+    it.publisher.offer(t, t, tensors, record.digest)
+    it.desk.announce(t)  # before `ensure` publishes what Redis was away for
     it.report.step(batch, report, it.desk)
     if it.config.eval.every and t % it.config.eval.every == 0 and t < it.config.steps:
         _ask_evaluation(it, f"step-{t}")

@@ -95,6 +95,20 @@ class Publisher:
         self._patiently(f"publish version {version}", lambda: self._put_in_room(version, change))
         self._patiently("retire old versions", self._sweep)
 
+    def offer(
+        self, version: int, step: int, tensors: tuple[Tensor, ...], digest: str, base: int = -1
+    ) -> bool:
+        """`publish`, by one who goes on when Redis stays away: False, and `ensure` makes up for it.
+
+        Raises WeightsError when this learner has been replaced.
+        """
+        try:
+            self.publish(version, step, tensors, digest, base)
+        except DeadlineError as error:
+            log.error("going on; version %d is published when Redis is back: %s", version, error)
+            return False
+        return True
+
     def ensure(self) -> None:
         """Publish again what Redis lost, and whole what an actor could not make. Cheap and patient:
         made to be called often, silent when Redis is away.

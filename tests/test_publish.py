@@ -197,3 +197,24 @@ def test_a_redis_that_stays_away_is_given_up_with_the_number_of_attempts(free_po
         publish(it, 0)
     assert failures, "the learner's other ranks hear nothing from one who waits for Redis"
     registry.close()
+
+
+def test_a_version_that_redis_was_away_for_is_published_when_it_is_back(
+    own_redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = Registry(own_redis.url, "run", timeout_s=2)
+    it = publisher(registry, patience_s=0.1)
+    publish(it, 0)
+    assert own_redis.process is not None
+    own_redis.process.kill()
+    own_redis.process.wait()
+    for version in (1, 2):
+        tensors = weights(version)
+        assert not it.offer(version, version, tensors, digest(tensors))
+    assert caplog.text.count("going on; version 2 is published when Redis is back") == 1
+    own_redis.start()
+    it.ensure()
+    assert fetch(registry, it.store).digest == digest(weights(2))
+    publish(it, 3)
+    assert registry.latest() == 3
+    registry.close()
