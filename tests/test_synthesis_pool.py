@@ -34,7 +34,7 @@ from learner.synthesis.config import SynthesisConfig
 from learner.synthesis.pool import Asked, Made, Pool, Seed
 from learner.synthesis.texts import Texts
 from tests import chat_model
-from tests.builders import make_rollout
+from tests.builders import make_group, make_rollout, make_segment, make_ticket
 
 CODEC = Codec(wire.FromActor)
 CODEC_OF_RECORDS = Codec(AnyRecord)
@@ -438,6 +438,16 @@ def test_a_proposal_asked_for_before_synthesis_was_off_is_dropped_with_a_line(
     assert caplog.text.count("was issued before synthesis was off") == 1
     before = world.ledger.t
     assert world.until(before + 4).pool.state.proposals > 0
+
+
+def test_after_feedback_a_parents_response_is_that_of_the_last_turn() -> None:
+    pool = Pool(SynthesisConfig(parents=(0.5, 0.5)))
+    turns = [make_segment(tokens, turn=turn) for turn, tokens in enumerate(([5, 6], [7, 8, 9]))]
+    right = make_rollout(1.0, segments=tuple(turns))
+    group = make_group(rollouts=(right, make_rollout(0.0)), problem="p", kind="main")
+    pool._consider(make_ticket(n=2, problem="p", question="1+1?"), group)
+    (seed,) = pool.state.seeds
+    assert (seed.response, seed.p) == ([7, 8, 9], 0.5)
 
 
 def prompt_of(made: Made) -> list[int]:

@@ -15,7 +15,7 @@ import msgspec
 from common.errors import JournalError
 from common.proposals import PREFIX, name
 from common.records import Admit, AnyRecord, Drop, Halt, Issue, Proposal, Ready, Step
-from common.wire import Group, Ticket
+from common.wire import Group, Rollout, Ticket
 from learner.synthesis.config import SynthesisConfig
 from learner.synthesis.reward import diversity, in_band, smoothed
 
@@ -209,7 +209,11 @@ class Pool:
         self.state.made[made.id] = made
 
     def _consider(self, ticket: Ticket, group: Group) -> None:
-        """A group whose answers are sometimes right makes its problem a parent."""
+        """A group whose answers are sometimes right makes its problem a parent.
+
+        Where feedback gave an answer further turns, p and what is right are those of the last one,
+        and so is the response.
+        """
         right = [rollout for rollout in group.rollouts if rollout.correct >= 1.0]
         p = math.fsum(rollout.correct for rollout in group.rollouts) / len(group.rollouts)
         depth = self._depth(ticket.problem)
@@ -224,7 +228,7 @@ class Pool:
             gold=ticket.grading.gold,
             source=self._source(ticket),
             p=p,
-            response=[int(t) for s in best.segments if s.role == "policy" for t in s.tokens],
+            response=_last_said(best),
             columns=ticket.grading.columns,
         )
         seeds = [old for old in self.state.seeds if old.problem != seed.problem]
@@ -307,6 +311,12 @@ class Pool:
 def is_fresh(ticket: Ticket) -> bool:
     """Whether its problem is asked for the first time, not again because its group was stale."""
     return ticket.cursor >= 0 or ticket.problem.startswith(f"{PREFIX}/{ticket.parent}/")
+
+
+def _last_said(rollout: Rollout) -> list[int]:
+    """The tokens that the policy sampled in its last turn."""
+    own = [s for s in rollout.segments if s.role == "policy"]
+    return [int(t) for s in own if s.turn == own[-1].turn for t in s.tokens]
 
 
 def worn(made: Made, t: int, config: SynthesisConfig) -> str:
