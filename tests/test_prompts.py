@@ -11,7 +11,7 @@ from common.errors import DataError
 from learner.prompts.chat import Renderer
 from learner.prompts.config import PromptsConfig
 from learner.prompts.source import Problem
-from learner.prompts.stream import Prompts
+from learner.prompts.stream import REMEMBERED, Prompts
 from tests import chat_model
 
 
@@ -88,6 +88,13 @@ def test_a_broken_template_is_one_line() -> None:
     with pytest.raises(DataError, match=r"the model's chat template: .*Error") as refused:
         rendered("1+1?", template="{{ messages[9]['content'] }}")
     assert "\n" not in str(refused.value)
+
+
+def test_what_is_known_of_problems_passed_over_is_bounded() -> None:
+    stream = prompts("short")
+    for number in range(2 * REMEMBERED + 1):
+        stream._pass_over(str(number), 99)
+        assert len(stream._unfit) <= REMEMBERED
 
 
 def test_a_prompt_that_does_not_fit_is_passed_over_with_a_line(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("isentrope.prompts")
 
 MOST_UNFIT = 1_000  # problems in a row that no prompt can be made of
+REMEMBERED = 10_000  # of them, so that none is said twice
 NAMED = 10  # of them get a line of their own
 
 
@@ -73,7 +74,8 @@ class Prompts:
         self.seed = seed
         self._max_prompt = max_prompt
         self._episodes = episodes
-        self._unfit: set[str] = set()  # problems that were passed over
+        self._unfit: set[str] = set()  # problems that were passed over lately …
+        self._passed = 0  # … and how many in all
         self._heldout: dict[int, list[Draft]] = {}
 
     def draw(self, cursor: int, curriculum: Curriculum | None = None) -> Draft:
@@ -155,8 +157,10 @@ class Prompts:
     def _pass_over(self, problem: str, tokens: int) -> None:
         if problem in self._unfit:
             return
+        if len(self._unfit) >= REMEMBERED:  # an endless source has no end of them
+            self._unfit.clear()
         self._unfit.add(problem)
-        count = len(self._unfit)
+        self._passed = count = self._passed + 1
         if count <= NAMED or count % 1_000 == 0:
             message = "problem %s passed over, a prompt of %d tokens (%d so far); %s"
             log.warning(message, problem, tokens, count, self._room())
