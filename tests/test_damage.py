@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -21,6 +22,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 
 from chaos_parts import vandal
 from chaos_parts.disk import Disk
+from chaos_parts.faults import Faults
+from chaos_parts.plan import Fault
+from chaos_parts.stage import Stage
 
 
 @pytest.fixture
@@ -85,3 +89,33 @@ def test_the_vandal_strikes_where_the_versions_lie(registry: Registry, redis_url
     assert int(done.stdout) >= 1
     with pytest.raises(Exception, match="digest"):
         fetch(registry, open_store("redis", registry), 1, 1)
+
+
+class Scene:
+    """What a vandal needs of a stage: where things lie, and a host to be on."""
+
+    store, disk_was_full = "redis", False
+    endpoint, keys = "tcp://127.0.0.1:1", {"actor": "no such file"}
+
+    def __init__(self, redis_url: str, logs: Path) -> None:
+        self.redis_url, self.logs, self.ground = redis_url, logs, self
+
+    def enter(self, _host: str, words: list[str]) -> list[str]:
+        return ["env", f"PYTHONPATH={Path(__file__).resolve().parents[1]}", *words]
+
+
+def test_a_corruption_counts_when_the_vandal_says_that_it_struck(
+    registry: Registry, redis_url: str, tmp_path: Path
+) -> None:
+    notes: list[str] = []
+    faults = Faults(cast("Stage", Scene(redis_url, tmp_path)), notes.append)
+    corrupt = [Fault(0.0, f"corrupt {what}", "", 0.0, 1) for what in ("blob", "message")]
+    for fault in corrupt:  # no version lies there yet; no keys to be admitted with
+        faults.strike(fault)
+    faults.heal(everything=True)
+    assert (faults.counts["corruptions"], faults.missed) == (0, 2), notes
+    publish(publisher(registry), 1)
+    faults.strike(corrupt[0])
+    faults.heal(everything=True)
+    assert (faults.counts["corruptions"], faults.missed) == (1, 2), notes
+    faults.close()

@@ -7,12 +7,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from chaos_parts.plan import Fault
 from chaos_parts.stage import Stage
 
 VANDAL = Path(__file__).resolve().parent / "vandal.py"
+VANDAL_S = 20.0  # for one that is still at work when all is healed
 COUNTED = {  # kind's first word: the number it adds to
     "kill": "kills",
     "stop": "stops",
@@ -30,11 +32,14 @@ class Faults:
         self.missed = 0  # whom there was nobody to strike
         self._stage, self._note = stage, note
         self._healing: list[tuple[float, str, str]] = []  # when, kind, target
-        self._vandals: list[subprocess.Popen[bytes]] = []
+        self._vandals: list[tuple[str, subprocess.Popen[bytes]]] = []  # what they damage
 
     def strike(self, fault: Fault) -> None:
-        if self._struck(fault):
-            self.counts[COUNTED[fault.kind.split()[0]]] += 1
+        act, _, whom = fault.kind.partition(" ")
+        if act == "corrupt" and self._vandalise(whom, fault.seed):
+            return  # counted when it has ended, by what it says
+        if act != "corrupt" and self._struck(fault):
+            self.counts[COUNTED[act]] += 1
             lasting = f" for {fault.seconds:.1f} s" if fault.seconds else ""
             self._note(f"{fault.kind} ({fault.target}){lasting}")
         else:
@@ -47,12 +52,29 @@ class Faults:
         for each in over:
             self._healing.remove(each)
             self._heal(*each[1:])
-        self._vandals = [v for v in self._vandals if v.poll() is None]
+        for kind, vandal in [*self._vandals]:
+            if everything:
+                with suppress(subprocess.TimeoutExpired):
+                    vandal.wait(VANDAL_S)
+            if vandal.poll() is not None:
+                self._vandals.remove((kind, vandal))
+                self._count(kind, vandal)
 
     def close(self) -> None:
-        for vandal in self._vandals:
+        for _, vandal in self._vandals:
             vandal.kill()
-            vandal.wait()
+            vandal.communicate()
+
+    def _count(self, kind: str, vandal: subprocess.Popen[bytes]) -> None:
+        """A corruption is one if the vandal came to its end and says that it struck."""
+        said = vandal.communicate()[0].strip()
+        times = int(said) if vandal.returncode == 0 and said.isdigit() else 0
+        if times:
+            self.counts[COUNTED["corrupt"]] += 1
+            self._note(f"corrupt {kind}: {times} times")
+        else:
+            self.missed += 1
+            self._note(f"corrupt {kind}: nothing was struck (exit {vandal.returncode})")
 
     def _struck(self, fault: Fault) -> bool:
         cluster, target = self._stage.cluster, fault.target
@@ -65,8 +87,6 @@ class Faults:
             return cluster.leave(target)
         elif act == "stop":
             done = cluster.stop(target)
-        elif act == "corrupt":
-            return self._vandalise(whom, fault.seed)
         elif act == "fill":
             done = self._fill()
         else:
@@ -112,7 +132,7 @@ class Faults:
         words = [sys.executable, str(VANDAL), what, where.get(what, stage.redis_url), str(seed)]
         with (stage.logs / "vandal.log").open("ab") as log:
             vandal = subprocess.Popen(
-                stage.ground.enter("vandal", [*words, *keys]), stdout=log, stderr=log
+                stage.ground.enter("vandal", [*words, *keys]), stdout=subprocess.PIPE, stderr=log
             )
-        self._vandals.append(vandal)
+        self._vandals.append((what, vandal))
         return True
