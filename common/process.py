@@ -8,29 +8,35 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
-def spawn(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start `command` with its output appended to `log`.
+def spawn(
+    command: Sequence[str], log: Path | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start `command` with its output appended to `log`; None: it goes where ours does.
 
     Its own session keeps the terminal's Ctrl-C away from it: its parent decides the order in which
     things end. On Linux the kernel kills it when the parent is gone, even when the parent was
     killed by SIGKILL. Call this from the main thread only: the kernel watches the thread that
     forked.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as out:
+    with contextlib.ExitStack() as stack:
+        out = None
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            out = stack.enter_context(log.open("ab"))
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=out,
-            stderr=subprocess.STDOUT,
+            stderr=None if out is None else subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=_die_with(os.getpid()),
+            env=env,
         )
 
 

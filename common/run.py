@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from common.supervise import Supervisor, View
 
 
-RANK_RESTARTS = 5  # of all ranks of a learner, when one is lost
-
-
 class Plan(NamedTuple):
     """What is to be started, known to be good."""
 
@@ -32,7 +29,6 @@ class Plan(NamedTuple):
     redis: str  # "": a private one
     learner: str
     failpoint: str
-    ranks: int  # processes of the learner
 
     @property
     def recipe(self) -> Path:
@@ -119,7 +115,6 @@ def prepare(
     frozen = f"# The recipe of this run: every value in force.\n\n{dump(sections)}"
     (folder / "recipe.toml").write_text(frozen, encoding="utf-8")
     given = read(source, overrides).get("run", {})
-    ranks = getattr(sections["learner"], "ranks", None)
     return Plan(
         folder=folder,
         resume=resume is not None,
@@ -127,7 +122,6 @@ def prepare(
         redis=given.get("redis", ""),
         learner=given.get("learner", ""),
         failpoint=shared.failpoint,
-        ranks=1 if ranks is None else ranks.count,
     )
 
 
@@ -162,7 +156,7 @@ def _supervisor(plan: Plan, view: View) -> Supervisor:
         # A life that ended before it made the run has nothing to resume.
         resume = ["--resume"] if (plan.folder / "run.json").exists() else []
         where = ("--run-folder", str(plan.folder), *resume)
-        return _on_ranks(plan.ranks, _command("learner", plan, life, ends, *where))
+        return _command("learner", plan, life, ends, *where)
 
     def actor(index: int) -> Child:
         name = f"actor-{index}"
@@ -180,15 +174,6 @@ def _supervisor(plan: Plan, view: View) -> Supervisor:
         redis=redis,
         view=view,
     )
-
-
-def _on_ranks(count: int, command: list[str]) -> list[str]:
-    """`command` in so many processes, which torchrun starts again together when one is lost."""
-    if count == 1:
-        return command
-    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc-per-node", str(count), "--max-restarts", str(RANK_RESTARTS)]
-    return [*torchrun, "--no-python", *command]
 
 
 def _command(

@@ -43,5 +43,5 @@ EXPOSE 5555 5556
 HEALTHCHECK --interval=30s --timeout=20s --start-period=300s --retries=10 \
     CMD ["isentrope", "status", "/runs/run", "--alive", "learner"]
 STOPSIGNAL SIGTERM
-ENTRYPOINT ["torchrun"]
+ENTRYPOINT ["isentrope"]
 CMD ["--help"]

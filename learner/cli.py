@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,8 +34,15 @@ if TYPE_CHECKING:
     "--run-folder", type=click.Path(path_type=Path), required=True, help="Where this run lives."
 )
 @click.option("--resume", is_flag=True, help="Go on with the run that is in the folder.")
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=1),
+    help="Processes of this learner on this machine; learner.ranks.count if not given.",
+)
 @overrides_option
-def learner(recipe: str, run_folder: Path, resume: bool, overrides: tuple[str, ...]) -> None:
+def learner(
+    recipe: str, run_folder: Path, resume: bool, ranks: int | None, overrides: tuple[str, ...]
+) -> None:
     """Train on what actors send; publish every new version."""
     from common import log
     from common.errors import JournalError
@@ -42,6 +50,9 @@ def learner(recipe: str, run_folder: Path, resume: bool, overrides: tuple[str, .
     from common.runfolder import RunFolder
 
     run, config = _sections(recipe, overrides)
+    count = ranks or (config.ranks.count if config.ranks else 1)
+    if count > 1 and "WORLD_SIZE" not in os.environ:
+        sys.exit(_launch(count, recipe, run_folder, resume, overrides))
     rank, restarts = _torchrun()
     log.setup(f"learner-{rank}" if rank else "learner")
     if rank:
@@ -68,6 +79,17 @@ def learner(recipe: str, run_folder: Path, resume: bool, overrides: tuple[str, .
     click.echo(ended)
 
 
+def _launch(
+    count: int, recipe: str, run_folder: Path, resume: bool, overrides: tuple[str, ...]
+) -> int:
+    """This command again, as each of `count` ranks; its exit code. `-P`: see common/run.py."""
+    from learner.launch import launch
+
+    command = [sys.executable, "-P", "-m", "learner", recipe, "--run-folder", str(run_folder)]
+    command += ["--resume"] if resume else []
+    return launch(count, [*command, *(part for one in overrides for part in ("-s", one))])
+
+
 def _torchrun() -> tuple[int, int]:
     """This process' rank, and how often torchrun started the ranks again (`--max-restarts`)."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -76,7 +98,7 @@ def _torchrun() -> tuple[int, int]:
 
 
 def _follow(run: RunConfig, config: LearnerConfig) -> None:
-    """One of torchrun's other processes."""
+    """One of the other ranks."""
     from learner.ranks import follow, session
 
     with session(config) as comm:

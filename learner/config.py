@@ -29,10 +29,13 @@ class EvalConfig(Section, frozen=True, kw_only=True):
     last: bool = True  # after the last step, at exactly the final version
 
 
-class RanksConfig(Section, frozen=True, kw_only=True):
-    """A learner of several processes (`torchrun -m learner`), each with a slice of the model."""
+STORE_VARIABLE = "ISENTROPE_RANKS_STORE"  # the file by which ranks of one machine find each other
 
-    count: PositiveInt = 1  # processes that `isentrope run` starts
+
+class RanksConfig(Section, frozen=True, kw_only=True):
+    """A learner of several processes, each with a slice of the model."""
+
+    count: PositiveInt = 1  # processes that the learner starts here, where torchrun did not
     recompute: bool = False  # activation checkpointing: layers keep only their inputs
     timeout_s: Positive = 300.0  # silence of a rank after which all end
 

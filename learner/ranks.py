@@ -1,4 +1,4 @@
-"""A learner of many processes: `torchrun --nproc-per-node N -m learner RECIPE --run-folder RUN`.
+"""A learner of many processes: `isentrope learner RECIPE --run-folder RUN --ranks N`, or torchrun.
 
     rank 0      everything that a learner of one process does, and an order before each thing that
                 all must do together
@@ -34,7 +34,7 @@ from common.errors import RankError
 from common.process import die_with_parent
 from learner import checkpoint, model
 from learner.comm import Comm, Order
-from learner.config import LearnerConfig, RanksConfig
+from learner.config import STORE_VARIABLE, LearnerConfig, RanksConfig
 from learner.state import TrainState, make_alike
 from learner.step import follow_step
 
@@ -46,7 +46,7 @@ _LOST = ("gloo", "nccl", "connection", "timed out", "timeout", "tcpstore")
 
 @contextmanager
 def session(config: LearnerConfig) -> Iterator[Comm]:
-    """The ranks that torchrun started, for as long as the learner lives; else one rank.
+    """The ranks that were started together, for as long as the learner lives; else one rank.
 
     Raises RankError when one of them is lost.
     """
@@ -80,10 +80,16 @@ def _join(config: LearnerConfig) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=(config.ranks or RanksConfig()).timeout_s)
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    path = os.environ.get(STORE_VARIABLE)  # of launch.py; else torchrun's environment
+    where = "env://" if path is None else Path(path).as_uri()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store, _, _ = next(rendezvous(where, rank, world_size, timeout=timeout))
+    store.set_timeout(timeout)
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
-        # all on this machine: gloo would listen where the machine's name points to
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        # all on this machine: they would listen where the machine's name points to
+        for library in ("GLOO", "NCCL"):
+            loopback = "lo0" if sys.platform == "darwin" else "lo"
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback)
         # torchrun's store outlives the ranks: those started again must not find the old addresses
         life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = PrefixStore(f"life-{life}", store)

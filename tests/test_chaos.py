@@ -185,7 +185,7 @@ def test_the_vandals_frames_are_what_no_decoder_should_survive_by_luck() -> None
 
 def test_composes_commands_are_rendered_with_their_variables_and_volumes() -> None:
     learner = compose.command("learner", {"RANKS": "2"}, {"/runs": Path("/here")})
-    assert learner[:4] == ["torchrun", "--standalone", "--nproc-per-node=2", "-m"]
+    assert learner[:4] == ["isentrope", "learner", "tiny", "--ranks=2"]
     assert "/here/run" in learner
     assert not [word for word in learner if "${" in word]
     actor = compose.command("actor", {}, {})

@@ -182,7 +182,7 @@ def test_services_are_locked_down_checked_and_restarted(services: dict[str, Any]
 
 
 def test_the_learner_of_compose_is_a_command_that_exists(services: dict[str, Any]) -> None:
-    context = parses(["torchrun", *services["learner"]["command"]])
+    context = parses(["isentrope", *services["learner"]["command"]])
     overrides = context.params["overrides"]
     run = load(option(context, "recipe"), {"run": RunConfig}, overrides)["run"]
     assert isinstance(run, RunConfig)
@@ -389,7 +389,15 @@ def test_rank_zero_is_where_the_manifests_say() -> None:
     (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
     name = jobset["metadata"]["name"]
     assert f"--rdzv-endpoint={name}-{job['name']}-0-0.{name}:29400" in container["args"]
+    assert "--rdzv-backend=static" in container["args"], "c10d unpickles what strangers send"
     labels = job["template"]["spec"]["template"]["metadata"]["labels"]
+    (policy,) = (doc["spec"] for doc in documents() if doc["kind"] == "NetworkPolicy")
+    assert policy["podSelector"]["matchLabels"].items() <= labels.items()
+    named = {port["name"] for port in container["ports"]}
+    assert [{port["port"] for port in rule.get("ports", ())} for rule in policy["ingress"]] == [
+        set(),
+        named,
+    ]
     (service,) = (
         d for d in documents() if d["kind"] == "Service" and "learner" in d["metadata"]["name"]
     )

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -280,7 +281,7 @@ def test_the_random_state_of_torch_is_in_a_checkpoint_of_many_ranks(folder: Path
     assert torch.equal(drawn, torch.rand(3))
 
 
-# ---- torchrun -----------------------------------------------------------------------------------
+# ---- the command --------------------------------------------------------------------------------
 
 
 def test_a_lost_rank_ends_all_and_the_run_goes_on_exactly(
@@ -294,16 +295,27 @@ def test_a_lost_rank_ends_all_and_the_run_goes_on_exactly(
         stderr=subprocess.DEVNULL,
     )
     with log.open("w") as out:
-        first = processes(*torchrun(folder, where, steps=1000), stderr=out)
+        first = processes(
+            *("-P", "-m"), *learner(folder, where, "--ranks=2", steps=1000), stderr=out
+        )
     wait_for_step(folder, 4, log)
     follower = re.search(r"rank 1 of 2, pid (\d+)", log.read_text())
     assert follower is not None
+    ranks = children(first.pid)
+    assert int(follower[1]) in ranks
+    assert len(ranks) == 2
+    heard = [address for pid in (first.pid, *ranks) for address in listening(pid)]
+    assert len(heard) >= 3, "the actors' socket, and gloo of both"
+    assert not [address for address in heard if not address.is_loopback]
     os.kill(int(follower[1]), signal.SIGKILL)
     assert first.wait(40) != 0
     assert "another rank of the learner is lost, so rank 0 ends" in log.read_text()
+    assert "rank 1 of the learner was killed by signal 9, so all 2 ended" in log.read_text()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     last = read_steps(folder)
     with log.open("w") as out:
-        second = processes(*torchrun(folder, where, "--resume", steps=last + 2), stderr=out)
+        more = learner(folder, where, "--resume", steps=last + 2)
+        second = processes(*TORCHRUN, *more, stderr=out)
     assert second.wait(100) == 0, log.read_text()[-2000:]
     assert re.search(r"recomputed \d+ steps from the journal, exact", log.read_text())
     assert runs.promises_kept(folder)
@@ -346,13 +358,60 @@ def test_ranks_of_one_machine_do_not_listen_where_its_name_points_to(tmp_path: P
     assert done.stdout.split() == ["0100007F"], done.stderr[-2000:]
 
 
-def torchrun(folder: Path, where: dict[str, str], *options: str, steps: int) -> list[str]:
+def test_ranks_do_not_outlive_the_command_and_an_early_error_ends_all(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time\n"
+        "if os.environ['RANK'] == '0': sys.exit(3)\n"
+        "print(os.environ['WORLD_SIZE'], flush=True)\n"
+        "time.sleep(300)\n"
+    )
+    start = (
+        "import sys\nfrom learner import launch\nlaunch.PATIENCE_S = 0.1\n"
+        f"sys.exit(launch.launch(2, [sys.executable, '-c', {code!r}]))"
+    )
+    assert subprocess.run([sys.executable, "-c", start], check=False, timeout=60).returncode == 3
+    stays = start.replace("sys.exit(3)", "time.sleep(300)")
+    process = subprocess.Popen([sys.executable, "-c", stays], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"2\n"
+    process.kill()
+    with process.stdout:
+        assert process.stdout.read() == b"", "the pipe closes when the last rank has ended"
+    process.wait()
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def listening(pid: int) -> list[IPv4Address | IPv6Address]:
+    """Where the TCP sockets of a process listen."""
+    mine = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            mine.add(os.readlink(fd))
+    found: list[IPv4Address | IPv6Address] = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state != "0A" or f"socket:[{rest[5]}]" not in mine:
+                continue
+            words = bytes.fromhex(local.partition(":")[0])  # of 32 bits, each in the host's order
+            address = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+            found.append(IPv4Address(address) if len(address) == 4 else IPv6Address(address))
+    return found
+
+
+TORCHRUN = ("-P", "-m", "torch.distributed.run", "--rdzv-backend=static")
+TORCHRUN += ("--rdzv-endpoint=127.0.0.1:29533", "--nproc-per-node=2", "-m")
+
+
+def learner(folder: Path, where: dict[str, str], *options: str, steps: int) -> list[str]:
     small = {"learner.steps": str(steps), "learner.groups_per_step": "4"}
     small |= {"learner.checkpoint_every": "3"}
     small |= {"learner.eval.first": "false", "learner.eval.last": "false"}
     chosen = [part for k, v in {**where, **small}.items() for part in ("-s", f"{k}={v}")]
-    command = ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return [*command, "-m", "learner", "scripted", "--run-folder", str(folder), *options, *chosen]
+    return ["learner", "scripted", "--run-folder", str(folder), *options, *chosen]
 
 
 def read_steps(folder: Path) -> int:

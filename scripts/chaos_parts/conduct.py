@@ -108,8 +108,7 @@ class Conductor:
         process = learner.process
         cluster.leave("learner")
         self._until("the learner's end", END_S, lambda: not learner.up)
-        polite = (0,) if self.chosen.ranks == 1 else (0, 1)  # torchrun's own after SIGTERM is 1
-        if process is not None and process.poll() not in polite:
+        if process is not None and process.poll() != 0:
             self.violations.append(
                 f"the learner ended with exit {process.poll()}: {learner.last_words()[:300]}"
             )

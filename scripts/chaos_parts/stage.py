@@ -169,12 +169,7 @@ class Stage:
 
     def learner_command(self, folder: Path, *more: str) -> list[str]:
         words = [sys.executable, "-P", "-m", "learner", str(self.recipe)]
-        if self.ranks > 1:
-            port = self.ground.port(29500)
-            ranks = [f"--nproc-per-node={self.ranks}", "--master-addr=127.0.0.1"]
-            torchrun = ["env", "GLOO_SOCKET_IFNAME=lo", sys.executable, "-P", "-m"]
-            torchrun += ["torch.distributed.run", *ranks, f"--master-port={port}"]
-            words = [*torchrun, "-m", "learner", str(self.recipe)]
+        words += ["--ranks", str(self.ranks)] if self.ranks > 1 else []
         return [*words, "--run-folder", str(folder), *self._ends("learner"), *more]
 
     def _actor(self, name: str, engine: str) -> list[str]:
