@@ -32,7 +32,7 @@ from learner.prompts.source import Arithmetic
 from learner.prompts.stream import Prompts
 from learner.synthesis.config import SynthesisConfig
 from learner.synthesis.pool import Asked, Made, Pool, Seed
-from learner.synthesis.texts import Texts
+from learner.synthesis.texts import LONGEST, Texts
 from tests import chat_model
 from tests.builders import make_group, make_rollout, make_segment, make_ticket
 
@@ -510,3 +510,14 @@ def test_a_response_without_a_problem_has_none_whatever_others_had() -> None:
     assert said("```a``` or ```b```")[0] == "a"
     assert said("I cannot.") == ("", "no problem in it")
     assert said("``` ```") == ("", "no problem in it")
+
+
+def test_a_regex_of_the_recipe_is_given_no_more_than_so_many_characters() -> None:
+    texts, letters = fenced()
+    asked = Asked(n=2, parent="p", text="3 + 4?", gold="7", source="", depth=1)
+    for before, found in ((LONGEST - 7, "a"), (LONGEST - 6, "")):
+        tokens = letters.encode("x" * before + "```a```", add_special_tokens=False)
+        assert texts.statement(make_rollout(0, tokens), asked)[0] == found
+    for after, answer in ((LONGEST - 2, "42"), (LONGEST, None)):
+        tokens = letters.encode("It is 42" + "x" * after, add_special_tokens=False)
+        assert texts.answer(tokens) == answer

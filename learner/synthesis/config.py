@@ -24,7 +24,7 @@ Part = Annotated[float, msgspec.Meta(ge=0, le=1)]
 class SynthesisConfig(Section, frozen=True, kw_only=True):
     """Without this table there is no synthesis. Lengths of queues and of lives bound its memory."""
 
-    # what the policy is asked, and what of its answer is the problem
+    # what the policy is asked, and what of its answer is the problem; regexes see 8,192 characters
     prompt: str = PROMPT  # {problem}, {response}: a parent and a right response to it; {stem}
     stem: str = ""  # regex: its first group in the parent's text is {stem}
     extract: str = r"```(?:[a-z]*\n)?(.+?)```"  # regex: its first group in the response …

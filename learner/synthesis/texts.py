@@ -20,6 +20,7 @@ from learner.synthesis.label import is_heldout_sum
 from learner.synthesis.pool import Asked, Made, Seed
 
 _REMEMBERED = 2_000  # fingerprints
+LONGEST = 8_192  # characters that a regex of the recipe is given: it runs in the desk's thread
 
 
 class Texts:
@@ -60,7 +61,7 @@ class Texts:
 
     def statement(self, rollout: Rollout, asked: Asked) -> tuple[str, str]:
         """The problem in a response, or "" and why there is none."""
-        found = self._extract.search(self.decode(said(rollout)))
+        found = self._extract.search(self.decode(said(rollout))[:LONGEST])
         proposal = ((found and found.group(1)) or "").strip()
         if not proposal:
             return "", "no problem in it"
@@ -81,8 +82,8 @@ class Texts:
         return "duplicate" if near(known, map(self.print, [*others, asked.text])) else ""
 
     def answer(self, tokens: Sequence[int]) -> str | None:
-        """What a response says, where a label is made of what responses say."""
-        found = self._answer.search(self.decode(tokens))
+        """What a response says, where a label is made of what responses say: at its end."""
+        found = self._answer.search(self.decode(tokens)[-LONGEST:])
         return found.group(1) if found else None
 
     def print(self, text: str) -> Print:
@@ -101,7 +102,7 @@ class Texts:
     def _stem_of(self, text: str) -> str | None:
         if self._stem is None:
             return ""
-        found = self._stem.search(text)
+        found = self._stem.search(text[:LONGEST])
         return found.group(1) if found else None
 
 
