@@ -57,6 +57,10 @@ def redis_url(redis_server: RedisServer) -> str:
 
 @pytest.fixture
 def free_port() -> int:
+    return unused_port()
+
+
+def unused_port() -> int:
     """A port of loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

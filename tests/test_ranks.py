@@ -43,7 +43,7 @@ from learner.state import TrainState, state_of
 from learner.step import train_step
 from tests import runs
 from tests.builders import tiny_model
-from tests.conftest import Start
+from tests.conftest import Start, unused_port
 from tests.test_step import a_batch
 
 pytestmark = pytest.mark.timeout(300)
@@ -315,7 +315,7 @@ def test_a_lost_rank_ends_all_and_the_run_goes_on_exactly(
     last = read_steps(folder)
     with log.open("w") as out:
         more = learner(folder, where, "--resume", steps=last + 2)
-        second = processes(*TORCHRUN, *more, stderr=out)
+        second = processes(*torchrun(), *more, stderr=out)
     assert second.wait(100) == 0, log.read_text()[-2000:]
     assert re.search(r"recomputed \d+ steps from the journal, exact", log.read_text())
     assert runs.promises_kept(folder)
@@ -402,8 +402,9 @@ def listening(pid: int) -> list[IPv4Address | IPv6Address]:
     return found
 
 
-TORCHRUN = ("-P", "-m", "torch.distributed.run", "--rdzv-backend=static")
-TORCHRUN += ("--rdzv-endpoint=127.0.0.1:29533", "--nproc-per-node=2", "-m")
+def torchrun() -> tuple[str, ...]:
+    where = ("--rdzv-backend=static", f"--rdzv-endpoint=127.0.0.1:{unused_port()}")
+    return ("-P", "-m", "torch.distributed.run", *where, "--nproc-per-node=2", "-m")
 
 
 def learner(folder: Path, where: dict[str, str], *options: str, steps: int) -> list[str]:
