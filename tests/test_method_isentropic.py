@@ -129,6 +129,23 @@ def test_price_then_weights_then_bonus_supply_what_is_wanted_each_up_to_its_boun
     assert (last.bonus, last.numbers["saturated"]) == (1e-6, 1.0)
 
 
+def test_weights_may_answer_first_and_the_price_supplies_what_they_leave() -> None:
+    t = random_table(group=torch.zeros(400))
+    assert t.push is not None
+    t = replace(t, push=-changes(t).sign() * t.push)  # all of it lowers the entropy
+    whole = answer(holding(entropy(t), first="weights", lambda_max=1.0), t).numbers
+    assert 0 < whole["lambda"] <= 1
+    assert whole["price"] == 0
+    flows = float(changes(t).abs().sum())
+    assert predicted(t, None) + whole["lambda"] * flows == pytest.approx(0, abs=1e-6)
+    half = {"first": "weights", "lambda_max": whole["lambda"] / 2, "price_max": 1e9}
+    found = answer(holding(entropy(t), **half), t).numbers
+    assert found["lambda"] == half["lambda_max"]
+    assert found["price"] > 0
+    supplied = found["lambda"] * flows + found["push"]
+    assert predicted(t, None) + supplied == pytest.approx(0, abs=1e-6)
+
+
 def test_the_sampled_token_estimates_what_a_bonus_does_without_bias() -> None:
     log_p = torch.tensor([2.0, 1.0, 0.0, -1.0]).double().log_softmax(0)
     p = log_p.exp()

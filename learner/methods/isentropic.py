@@ -12,7 +12,7 @@ sure answers takes entropy away although no distribution need change. To first o
 
 OPEFO's balance makes both cancel: raising tokens weigh 1 + λ, lowering ones 1 - λ, with
 λ = (down - up) / (up + down). Here the sum is not to be 0 but ΔH*, what a controller wants, and
-three means supply it, the one that costs the least reward first, each bounded:
+three means supply it, each bounded, price or weights first (`first`), the bonus last:
 
     price    of entropy, p: a choice's advantage A becomes A + p F.  Push: η p q F²
     weights  λ = clip((ΔH* + down - up - price's push) / (up + down), ±lambda_max)
