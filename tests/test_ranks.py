@@ -317,7 +317,8 @@ def test_a_lost_rank_ends_all_and_the_run_goes_on_exactly(
         more = learner(folder, where, "--resume", steps=last + 2)
         second = processes(*torchrun(), *more, stderr=out)
     assert second.wait(100) == 0, log.read_text()[-2000:]
-    assert re.search(r"recomputed \d+ steps from the journal, exact", log.read_text())
+    again = re.search(r"recomputed \d+ steps from the journal, (\w+)", log.read_text())
+    assert again[1] == "exact" if again else last % 3 == 0  # it died right after a checkpoint
     assert runs.promises_kept(folder)
     kept = read_weights(folder / "checkpoints" / f"step-{last + 2:08d}")
     assert digest(read_safetensors(folder / "model" / "model.safetensors")) == digest(kept)
