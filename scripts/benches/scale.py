@@ -26,27 +26,17 @@ from typing import Any, NamedTuple
 import zmq
 
 from common import channel
-from common.failpoints import Failpoint
 from common.journal import Journal
-from common.records import Finish, Open, Step
+from common.records import Finish, Step
 from common.runfolder import RunFolder
 from learner.config import LearnerConfig
 from learner.desk import Desk
-from learner.ledger import Ledger
-from learner.prompts.source import Arithmetic
-from learner.prompts.stream import Prompts
+from scripts.benches import _desk
 
 TOP = Path(__file__).resolve().parents[2]
 FEW, MANY, IN_ALL, STEPS, GROUPS, ROLLOUTS, ROUNDS, PROCESSES = 10, 1000, 2000, 24, 500, 8, 3, 4
 WORDS = 32
 LIMITS = {"cost_ratio_1000_over_10": ("<=", 1.5), "lost": ("<=", 0)}
-
-
-class Letters:
-    """A tokenizer of one token a character: prompts cost what they cost, without a model."""
-
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) % WORDS for letter in text]}
 
 
 class Round(NamedTuple):
@@ -85,7 +75,7 @@ def _round(path: Path, actors: int) -> Round:
     context.set(zmq.MAX_SOCKETS, 2 * MANY)
     socket, endpoint = channel.bind_router(context, "tcp://127.0.0.1:0")
     journal = Journal(folder.journal, 1)
-    desk = _desk(socket, journal, folder.run_id)
+    desk = _open(socket, journal, folder.run_id)
     desk.announce(0)
     swarms = _swarms(endpoint, actors)
     try:
@@ -131,7 +121,7 @@ def _train(desk: Desk, t: int) -> None:
     desk.record(Step(t=t, version=t + 1, digest="", consumed=batch.consumed, dropped=batch.dropped))
 
 
-def _desk(socket: Any, journal: Journal, run: str) -> Desk:
+def _open(socket: Any, journal: Journal, run: str) -> Desk:
     config = LearnerConfig(
         groups_per_step=GROUPS,
         max_lag=STEPS,
@@ -139,17 +129,4 @@ def _desk(socket: Any, journal: Journal, run: str) -> Desk:
         max_tokens=48,
         steps=STEPS + 8,  # there is room to ask until the end
     )
-    opened, ledger = Open(run=run, incarnation=1, config={}), Ledger()
-    ledger.apply(opened, journal.append(opened))
-    return Desk(
-        socket,
-        run_id=run,
-        incarnation=1,
-        digest="",
-        vocab_size=WORDS,
-        config=config,
-        journal=journal,
-        ledger=ledger,
-        prompts=Prompts(Arithmetic(0), config.prompts, Letters(), (0,), 0, 512),  # type: ignore[arg-type]
-        failpoint=Failpoint.parse(""),
-    )
+    return _desk.desk(socket, journal, run, config, WORDS)

@@ -35,28 +35,18 @@ import zmq
 
 from common import channel, wire
 from common.codec import Codec
-from common.failpoints import Failpoint
 from common.journal import Journal
-from common.records import Open, Step
+from common.records import Step
 from common.redis_server import RedisServer
 from learner.config import LearnerConfig
 from learner.desk import Desk
-from learner.ledger import Ledger
-from learner.prompts.source import Arithmetic
-from learner.prompts.stream import Prompts
+from scripts.benches import _desk
 
 TOP = Path(__file__).resolve().parents[2]
 ROLLOUTS, TOKENS, GROUPS, STEPS, ROUNDS, WINDOW = 8, 512, 4000, 16, 7, 256
 STREAM_GROUPS = 150
 VOCABULARY = 50_000
 LIMITS = {"ratio_limit": (">=", 0.5), "ratio_redis_streams": (">=", 10.0)}
-
-
-class Letters:
-    """A tokenizer of one token a character: prompts cost what they cost, without a model."""
-
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) % 128 for letter in text]}
 
 
 def group(ticket: int, problem: str, number: int = 0, run: str = "") -> wire.Group:
@@ -123,7 +113,7 @@ def _ours(folder: Path) -> tuple[float, int, float]:
     context: zmq.Context[Any] = zmq.Context()
     socket, endpoint = channel.bind_router(context, "tcp://127.0.0.1:0")
     journal = CountingJournal(folder, 1)
-    desk = _desk(socket, journal)
+    desk = _open(socket, journal)
     desk.announce(0)
     with _producer("dealer", endpoint) as producer:
         producer.begin()
@@ -147,7 +137,7 @@ def _train(desk: Desk, t: int) -> None:
     desk.record(Step(t=t, version=t + 1, digest="", consumed=batch.consumed))
 
 
-def _desk(socket: Any, journal: Journal) -> Desk:
+def _open(socket: Any, journal: Journal) -> Desk:
     config = LearnerConfig(
         groups_per_step=GROUPS // STEPS,
         max_lag=STEPS,
@@ -155,20 +145,7 @@ def _desk(socket: Any, journal: Journal) -> Desk:
         max_tokens=TOKENS,
         steps=STEPS,
     )
-    opened, ledger = Open(run="bench", incarnation=1, config={}), Ledger()
-    ledger.apply(opened, journal.append(opened))
-    return Desk(
-        socket,
-        run_id="bench",
-        incarnation=1,
-        digest="",
-        vocab_size=VOCABULARY,
-        config=config,
-        journal=journal,
-        ledger=ledger,
-        prompts=Prompts(Arithmetic(0), config.prompts, Letters(), (0,), 0, 512),  # type: ignore[arg-type]
-        failpoint=Failpoint.parse(""),
-    )
+    return _desk.desk(socket, journal, "bench", config, VOCABULARY)
 
 
 class CountingJournal(Journal):
