@@ -1,6 +1,6 @@
 """What one connection may cost the desk: how often it may be wrong, how fast it may talk, how much
 it may say that it holds. Sizes of messages are the socket's business (common/channel.py), tickets
-outstanding that of credits (learner/issuer.py, desk.MOST_CREDIT).
+outstanding that of credits (learner/issuer.py, roster.MOST_CREDIT).
 
 A peer whose messages cannot be used is told why, a few times; then they are only counted; then they
 are dropped unread for a while. Those who have not introduced themselves share one account and are

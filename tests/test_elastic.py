@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from common import wire
 from common.records import Admit
 from learner.config import LearnerConfig
-from tests.test_desk import CONFIG, DIGEST, Actor, Counter, result, take, train
+from tests.counter import CONFIG, DIGEST, Actor, Counter, result, take, train
 
 MANY = LearnerConfig(
     groups_per_step=50, group_size=2, max_lag=1, heartbeat_s=0.5, lease_s=20.0, steps=10

@@ -20,7 +20,7 @@ from common.channel import Keys, bind_router, connect_dealer
 from common.records import Admit
 from learner import limits
 from scripts.benches.intruder import record_handshake
-from tests.test_desk import CONFIG, Actor, Counter, result
+from tests.counter import CONFIG, Actor, Counter, result
 
 NOTHING_MS = 400
 TOLD = (  # what ZeroMQ tells a peer that was refused with a reason

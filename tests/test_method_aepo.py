@@ -32,8 +32,8 @@ from learner.state import state_of
 from learner.step import train_step
 from tests import runs
 from tests.builders import make_group, make_ticket, tiny_model
+from tests.counter import Counter
 from tests.tables import golden, make_table
-from tests.test_desk import Counter
 from tests.test_methods import bits, train
 from tests.test_step import a_batch
 
