@@ -22,15 +22,26 @@ import redis
 
 from common import vllm_version
 from common.redis_server import RedisServer
+from tests import by_file
 
 TOP = Path(__file__).resolve().parent.parent
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    return by_file.processes(config)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> by_file.ByFile | None:
+    return by_file.ByFile(config, log) if config.option.dist == "load" else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Fast ones first, those that need vLLM last; without it they are skipped and say how to get
     it."""
     items.sort(key=lambda item: [bool(item.get_closest_marker(m)) for m in ("vllm", "slow")])
+    if hasattr(config, "workerinput"):  # one of several processes
+        by_file.long_first(items)
     if wrong := vllm_version.wrong():
         for item in items:
             if item.get_closest_marker("vllm"):
