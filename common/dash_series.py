@@ -19,13 +19,15 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from common import metrics
+
 CHUNK_BYTES = 1 << 20
 LOOK_S = 0.5  # a look at a long file ends then, and the next one goes on
 MOST_POINTS = 500  # of one curve
 MOST_BARS = 80
-TARGET = "methods/isentropic/target"
+TARGET = "target"  # that of whichever method has one
 SCALARS = (
-    *("reward", "correct", "heldout", "length", "heldout_length", "entropy", TARGET, "ess_share"),
+    *("reward", "correct", "heldout", "length", "heldout_length", "entropy", "ess_share"),
     *("entropy_predicted", "entropy_realised", "entropy_slope", "entropy_correlation"),
     *("lag_mean", "lag_max", "learner_idle", "actor_idle", "tokens_per_s", "sampled_tokens_per_s"),
     *("grad_norm", "groups", "actors"),
@@ -163,6 +165,8 @@ def _numbers(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for name in SCALARS:
         if (value := _number(line.get(name))) is not None:
             yield name, value
+    if (aim := _number(metrics.target(line))) is not None:
+        yield TARGET, aim
     for name in BY_LAG:
         if (value := _weighted(line.get(name), line.get("lag"))) is not None:
             yield name, value

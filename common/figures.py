@@ -132,7 +132,11 @@ def length(axis: Axes, lines: Lines) -> None:
 
 
 def entropy(axis: Axes, lines: Lines) -> None:
-    axis.plot(*column(lines, "entropy"), color=PURPLE)
+    axis.plot(*column(lines, "entropy"), color=PURPLE, label="entropy")
+    aims = [(line["step"], aim) for line in lines if (aim := metrics.target(line)) is not None]
+    if aims:
+        axis.plot(*zip(*aims, strict=True), color=ORANGE, linestyle="--", label="target")
+        axis.legend()
     axis.set(title="Policy entropy", ylabel="nats per token")
     axis.set_ylim(bottom=0)
     steps_axis(axis)

@@ -125,8 +125,11 @@ def _progress(now: Status, width: int) -> RenderableType:
 
 
 def _curves(now: Status, lines: Sequence[Mapping[str, Any]], width: int) -> RenderableType:
-    """Correct (every group), reward (those trained on), entropy, length; the held-out points."""
-    room = max(8, width - 36)
+    """Correct (every group), reward (those trained on), entropy and its target, length; the
+    held-out points.
+    """
+    aim = metrics.target(lines[-1]) if lines else None
+    room = max(8, width - (36 if aim is None else 49))
     table = Table.grid(padding=(0, 1))
     for name, value, style in (
         ("correct", next(iter(series(lines, "correct")[-1:]), None), "green"),
@@ -136,6 +139,8 @@ def _curves(now: Status, lines: Sequence[Mapping[str, Any]], width: int) -> Rend
     ):
         history = series(lines, name)
         span = f"{history[0]:.3g} → {history[-1]:.3g}" if len(history) > 1 else ""
+        if name == "entropy" and aim is not None:
+            span += f", target {aim:.3g}" if span else f"target {aim:.3g}"
         table.add_row(
             Text(name, "dim"),
             Text(number(value, 1 if name == "length" else 3), "bold"),

@@ -168,6 +168,12 @@ class Metrics:
             self._wandb.close()
 
 
+def target(line: Mapping[str, Any]) -> float | None:
+    """The entropy that a method aimed at in a step (nats per token); None: none did."""
+    aims = (line[name] for name in line if name.startswith("methods/") and name.endswith("/target"))
+    return next((float(aim) for aim in aims if isinstance(aim, int | float)), None)
+
+
 def read(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run by step, the last one of each; a line cut by a kill is left out."""
     by_step = {line["step"]: line for line in _lines(folder / FILE)}

@@ -1,7 +1,8 @@
 """The state of a run as Prometheus reads it: text format 0.0.4, names `isentrope_*`.
 
-Numbers of the last step keep the names and the words of `metrics.GLOSSARY`; what is a table there
-has a label here: `lag`, `reason`, `part`. Actors have the label `actor`, tickets `kind` and `fate`.
+Numbers of the last step keep the names and the words of `metrics.GLOSSARY`, with their units
+written out (`step_s` → `isentrope_step_step_seconds`); what is a table there has a label here:
+`lag`, `reason`, `part`. Actors have the label `actor`, tickets `kind` and `fate`.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ SKIPPED = {"time", "seconds", "issued", "in_flight", "buffered"}  # of the statu
 
 ACTOR: dict[str, tuple[str, str, str]] = {  # field: (name, type, help)
     "version": ("version", "gauge", "of the weights that the actor samples from"),
-    "tokens_per_s": ("tokens_per_s", "gauge", "tokens that the actor samples per second"),
+    "tokens_per_s": ("tokens_per_second", "gauge", "tokens that the actor samples per second"),
     "busy": ("busy", "gauge", "share of the last seconds with something to decode, 0…1"),
     "running": ("running", "gauge", "sequences being decoded"),
     "waiting": ("waiting", "gauge", "sequences without a slot"),
     "held": ("tickets", "gauge", "tickets that the actor holds"),
     "capacity": ("capacity", "gauge", "tickets that it can hold"),
     "kv_use": ("kv_use", "gauge", "share of the KV cache in use, 0…1"),
-    "silent_s": ("silent_s", "gauge", "seconds since the learner heard of it"),
+    "silent_s": ("silent_seconds", "gauge", "seconds since the learner heard of it"),
     "up": ("up", "gauge", "1 when it has an engine"),
     "pause_s": ("pause_seconds_total", "counter", "seconds with decoding held for a swap"),
     "restarts": ("restarts_total", "counter", "engines that took the place of a broken one"),
@@ -90,7 +91,7 @@ def _status(now: Status, at: float) -> Iterator[str]:
     phases = [({"phase": phase}, float(phase == now.phase)) for phase in PHASES]
     yield _family("phase", "gauge", "1 for what the learner does", phases)
     single = (
-        ("silent_s", "seconds since the learner's last word", max(0.0, at - now.at)),
+        ("silent_seconds", "seconds since the learner's last word", max(0.0, at - now.at)),
         ("steps_done", "steps finished", now.step),
         ("steps_wanted", "steps that the run is to have", now.steps),
         ("version", "number of the published weights", now.version),
@@ -161,4 +162,6 @@ def _key(name: str, key: str) -> dict[str, str]:
 
 
 def _safe(name: str) -> str:
-    return re.sub(r"[^a-zA-Z0-9_]", "_", name)
+    """In letters that Prometheus takes, and the unit in full, as it wants them."""
+    plain = re.sub(r"_per_s$", "_per_second", re.sub(r"[^a-zA-Z0-9_]", "_", name))
+    return re.sub(r"_s$", "_seconds", plain)

@@ -26,6 +26,15 @@ def test_a_cut_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
     assert series.curves()["reward"].x == [1, 2, 3]
 
 
+def test_the_target_of_whichever_method_has_one_is_a_curve(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    aims = {"methods/aepo/coefficient": 0.5, "methods/aepo/target": 0.3}
+    path.write_bytes(line(1) + line(2, **aims))
+    series = Series(path)
+    series.refresh()
+    assert series.curves()["target"] == ([2], [0.3])
+
+
 def test_the_last_line_of_a_step_counts_and_a_resume_is_read_anew(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line(1) + line(2) + line(2, heldout=0.5) + line(0, reward=None))

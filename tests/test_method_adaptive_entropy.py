@@ -66,6 +66,7 @@ def test_in_a_step_it_is_a_bonus_that_grows_below_the_target(signal: Any) -> Non
     assert own["entropy"] == report.metrics["entropy"]
     assert report.metrics["entropy_bonus"] == pytest.approx(0.03)
     assert report.metrics["methods/adaptive_entropy/coefficient"] == pytest.approx(0.03)
+    assert report.metrics["methods/adaptive_entropy/target"] == 3.0
 
 
 def test_off_or_above_its_target_it_is_the_empty_list_bit_for_bit() -> None:

@@ -16,7 +16,7 @@ import torch
 from common import recipe, wire
 from common.codec import Codec
 from common.config import RunConfig
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
 from common.journal import read
 from common.metrics import read as read_metrics
 from common.records import Admit, Issue, Step
@@ -26,6 +26,7 @@ from learner.config import LearnerConfig
 from learner.item import Item
 from learner.methods.aepo import Aepo
 from learner.methods.base import Ask
+from learner.methods.compose import Methods
 from learner.methods.steer import Steer
 from learner.model import Policy
 from learner.state import state_of
@@ -126,6 +127,19 @@ def with_aux(rewards: tuple[float, ...], lp: float = -1.0, ticket: int = 100) ->
     return items
 
 
+def test_a_reward_that_is_no_number_is_refused_with_its_token_and_not_taken_for_a_failure() -> None:
+    for preset in (None, "v1_v4"):
+        for aux, mask in ((True, True), (False, True), (True, False)):
+            t = make_table([-1.0, -2.0], [1.0, math.nan], aux=aux, mask=mask, row=0)
+            methods = Methods([Aepo(preset=preset)])  # type: ignore[arg-type]
+            if aux and mask:
+                where = "R: nan at position 1 of rollout 1 of ticket 0"
+                with pytest.raises(DataError, match=f"'aepo', {where}"):
+                    methods.extra_loss(t, {})
+            else:
+                assert methods.extra_loss(t, {}).tolist() == [0.0, 0.0]  # type: ignore[union-attr]
+
+
 def test_failures_count_in_the_denominator() -> None:
     def aux_loss(rewards: tuple[float, ...]) -> float:
         own = {"loss": "decoupled_ppo", "items": with_aux(rewards)}
@@ -164,6 +178,7 @@ def test_aux_rows_enter_no_group_statistic_and_no_metric_of_the_main_rows() -> N
     _, beside = train([Aepo(), Steer()], steps=1, items=with_aux((1, 0, 1, 1)))
     for name in ("entropy", "tokens", "reward", "ess_share"):
         assert beside.metrics[name] == pytest.approx(alone.metrics[name], rel=1e-5), name
+    assert beside.metrics["methods/aepo/target"] == 0.5
     assert beside.metrics["aux_rollouts"] == 4
     assert beside.metrics["aux_reward"] == 0.75
     assert beside.metrics["aux_temperature"] == 1.0

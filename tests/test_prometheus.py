@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def test_prometheus_reads_every_number_with_its_meaning(tmp_path: Path) -> None:
     assert lags == {"0": 200, "1": 50}
     tickets = {tuple(s.labels.values()): s.value for s in found["isentrope_tickets"].samples}
     assert tickets["main", "zero_variance"] == 300
-    assert {s.labels["actor"] for s in found["isentrope_actor_tokens_per_s"].samples} == {
+    assert {s.labels["actor"] for s in found["isentrope_actor_tokens_per_second"].samples} == {
         "actor-0",
         "actor-1",
     }
@@ -42,11 +43,46 @@ def test_every_metric_of_the_glossary_has_a_place_in_prometheus() -> None:
     line |= {"methods/isentropic/target": 0.3, "heldout": None, "unheard_of": 1.0}
     found = families(prometheus.text(a_troubled_status(), line, time.time()))
     wanted = {n for n in line if n in GLOSSARY and n not in {*prometheus.SKIPPED, "heldout"}}
-    assert {f"isentrope_step_{name}" for name in wanted} <= found.keys()
+    named = {re.sub("_s$", "_second" if "_per_" in n else "_seconds", n): n for n in wanted}
+    meant = {name: found[f"isentrope_step_{name}"].documentation for name in named}
+    assert meant == {name: GLOSSARY[of] for name, of in named.items()}
     method = found["isentrope_step_methods"].samples[0]
     assert method.labels == {"name": "isentropic", "number": "target"}
     reasons = {sample.labels["reason"] for sample in found["isentrope_step_dropped"].samples}
     assert 'odd "name"\\\n' in reasons
+
+
+def test_names_keep_the_conventions_of_prometheus() -> None:
+    """As `promtool check metrics` has them: base units in full, _total for counters alone, no
+    ending that means something else, no type in a name, help for each."""
+    line: dict[str, Any] = {name: 0.25 for name in GLOSSARY if not name.endswith("/")}
+    shown = families(prometheus.text(a_troubled_status(), line, time.time()))
+    text = prometheus.text(a_troubled_status(), line, time.time())
+    types = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
+    short = {
+        "s",
+        "ms",
+        "us",
+        "ns",
+        "sec",
+        "min",
+        "h",
+        "d",
+        "b",
+        "kb",
+        "mb",
+        "gb",
+        "kib",
+        "mib",
+        "gib",
+    }
+    for name, kind in types.items():
+        assert re.fullmatch(r"isentrope(_[a-z0-9]+)+", name), name
+        assert not short & set(name.split("_")), name
+        assert name.endswith("_total") == (kind == "counter"), name
+        assert not name.endswith(("_count", "_sum", "_bucket", "_gauge", "_counter")), name
+        assert shown[name.removesuffix("_total")].documentation, name
+    assert len(types) > 60
 
 
 def test_a_run_that_has_not_begun_is_down_in_prometheus(tmp_path: Path) -> None:

@@ -94,6 +94,18 @@ def test_the_live_picture_says_it_all_within_the_width(tmp_path: Path, width: in
     assert max(map(len, text.splitlines())) <= width
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_entropy_stands_beside_the_target_of_whichever_method_has_one(width: int) -> None:
+    def line(step: int) -> dict[str, float]:
+        return {"step": step, "entropy": 0.31, "methods/aepo/target": 0.297, "methods/aepo/x": 1.0}
+
+    console = Console(width=width, force_terminal=False)
+    with console.capture() as captured:
+        console.print(live.render(a_status(), [line(s) for s in range(300)], (), width))
+    (row,) = (row for row in captured.get().splitlines() if row.startswith("entropy"))
+    assert row.rstrip().endswith("0.31 → 0.31, target 0.297")
+
+
 def test_the_picture_before_the_first_word_of_the_learner_says_that_it_starts(
     tmp_path: Path,
 ) -> None:

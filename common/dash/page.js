@@ -65,7 +65,7 @@ function showTiles(now) {
   const curves = (seen.series || {}).curves || {};
   const last = (name) => (curves[name] && curves[name].y.length ? curves[name].y[curves[name].y.length - 1] : null);
   const point = [...now.heldout].sort((a, b) => a.step - b.step).pop();
-  const target = last("methods/isentropic/target");
+  const target = last("target");
   const tiles = [
     ["reward", short(now.reward), ""],
     ["held-out", point ? short(point.accuracy) : "–", point ? (point.done < point.of ? `${point.done}/${point.of}` : `at step ${point.step}`) : ""],
@@ -123,7 +123,7 @@ function showSeries(series) {
   const empty = series.note || "no step has ended yet";
   lines(cards.reward, [curve("reward", "reward, trained on", "grey", "smooth"), curve("correct", "correct, every group", "blue", "smooth"),
     curve("heldout", "held-out", "orange", "dots")], { from: 0, to: 1, empty });
-  const target = curve("methods/isentropic/target", "target", "orange", "dashed");
+  const target = curve("target", "target", "orange", "dashed");
   lines(cards.entropy, [curve("entropy", "entropy", "purple", "line"), target], { from: 0, empty });
   showChange(c, curve, empty);
   lines(cards.ratio, [curve("ratio", "ratio", "blue", "line"), curve("ess_share", "effective sample", "green", "line", percent),

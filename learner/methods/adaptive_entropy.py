@@ -59,9 +59,8 @@ class AdaptiveEntropy(Method, frozen=True, kw_only=True, tag="adaptive_entropy")
             H = finite(self, "H", table.H, on, table)
             entropy = moments(H, on)[0] if bool(on.any()) else None
         low = entropy is not None and entropy <= self.target
-        return Governed(
-            bonus=state["c"] if low else 0.0, numbers={"coefficient": float(state["c"])}
-        )
+        numbers = {"coefficient": float(state["c"]), "target": self.target}
+        return Governed(bonus=state["c"] if low else 0.0, numbers=numbers)
 
     def initial(self) -> State:
         return {"c": self.start, "entropy": None}

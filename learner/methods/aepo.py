@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from common import wire
 from common.config import NaturalInt, NotNegative, Positive, Share, need
-from learner.methods.base import Ask, Method, State, known, refuse_above
+from learner.methods.base import Ask, Method, State, finite, known, refuse_above
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,13 +64,17 @@ class Aepo(Method, frozen=True, kw_only=True, tag="aepo"):
     def neutral(self) -> bool:
         return self.alpha == 0
 
+    def group_numbers(self, groups: Sequence[wire.Group]) -> Mapping[str, float]:
+        return {"target": self.target}
+
     def extra_loss(self, table: Table, plan: Tensor | None) -> Tensor:
         share = min(1.0, (table.when[1] + 1) / self.warmup) if self.warmup else 1.0
+        on = table.mask & table.aux
         # the advantage of an aux token is the reward itself
+        reward = finite(self, "R", table.advantage, on, table)
         if self.preset == "v1_v4":
-            on = table.mask & table.aux
-            return -self.alpha * share * (table.advantage * table.logp).masked_fill(~on, 0.0)
-        right = table.mask & table.aux & (table.advantage >= self.r_pos)
+            return -self.alpha * share * (reward * table.logp).masked_fill(~on, 0.0)
+        right = on & (reward >= self.r_pos)
         r = (table.logp - table.lp).clamp(max=20.0).exp()
         gain = r.clamp(max=1 + self.clip)  # = min(r, clip(r))
         return -self.alpha * share * gain.masked_fill(~right, 0.0)
