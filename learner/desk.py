@@ -139,7 +139,10 @@ class Desk:
         """The next batch, or None when `idle` said so."""
 
         def determined() -> Selection | None:
-            return select(self.ledger, self.config, self._issuer.usable())
+            batch = select(self.ledger, self.config, self._issuer.usable())
+            if batch is not None:
+                self._issuer.begin(batch.t)
+            return batch
 
         return self.wait(determined, idle)
 
@@ -233,8 +236,8 @@ class Desk:
         if self.blocked or not self._issuing or self.version < 0:
             return
         self._issuer.turn()
-        room = self._issuer.room()
-        if not (self._leases.waiting or self._issuer.wants(room)):
+        room, slow = self._issuer.room(), self._leases.slow(now)
+        if not (slow or self._leases.waiting or self._issuer.wants(room)):
             return
         free = self._roster.free()
         while free:  # whoever has most credit comes first
@@ -244,10 +247,26 @@ class Desk:
             else:
                 id_, room = self._issuer.next(room)
             if id_ is None:
-                return
-            attempt, ticket = self._leases.lease(id_, peer, now), self.ledger.open[id_].ticket
-            self._outbox.send(peer, Grant(ticket=ticket, attempt=attempt, **self._books.identity))
+                return self._share(slow, free, now)
+            self._grant(id_, peer, self._leases.lease(id_, peer, now))
             if lacking < -1:
                 heapq.heapreplace(free, (lacking + 1, peer))
             else:
                 heapq.heappop(free)
+
+    def _share(self, slow: Sequence[int], free: list[tuple[int, Peer]], now: float) -> None:
+        """Nothing else is to be asked: those with room are asked what others are slow to answer."""
+        room = {peer: -lacking for lacking, peer in free}
+        for id_ in slow:
+            others = (peer for peer in room if not self._leases.is_held(id_, peer))
+            if (peer := next(others, None)) is None:
+                continue
+            self._books.counts["shared"] += 1
+            self._grant(id_, peer, self._leases.share(id_, peer, now))
+            room[peer] -= 1
+            if not room[peer]:
+                del room[peer]
+
+    def _grant(self, id_: int, peer: Peer, attempt: int) -> None:
+        ticket = self.ledger.open[id_].ticket
+        self._outbox.send(peer, Grant(ticket=ticket, attempt=attempt, **self._books.identity))

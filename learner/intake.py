@@ -122,7 +122,7 @@ class Intake:
                 self._invalid(peer, actor, group.ticket, error)
                 return
             actor.invalid = 0
-            books.leases.end(group.ticket)
+            books.leases.answered(group.ticket, peer, actor.seen)
             admit = Admit(ticket=group.ticket, frame=frame, at=time.time())  # type: ignore[arg-type]
             books.write(admit, group)
             books.counts["answer_ack"] += 1

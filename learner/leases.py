@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 Peer = bytes  # routing id of a connection
+SLOW = 4.0  # times as long as the longest of the last answers: somebody else is asked as well
+LATELY = 64  # answers
+LOOKS = 8  # for slow ones, in the length of a lease
 ANY_ATTEMPT = -1  # claimed by an actor from an earlier life of the learner, which knew the number
 
 
@@ -20,6 +23,7 @@ class Lease:
     peer: Peer
     attempt: int
     expires: float
+    since: float  # when the ticket was given to `peer`
 
 
 @dataclass(slots=True)
@@ -35,19 +39,49 @@ class Leases:
     _attempts: Counter[int] = field(default_factory=Counter)
     _infra: Counter[int] = field(default_factory=Counter)
     _data: Counter[int] = field(default_factory=Counter)
+    _took: deque[float] = field(default_factory=lambda: deque(maxlen=LATELY))  # seconds an answer
+    _look_at: float = -math.inf
+    _shared: dict[Peer, set[int]] = field(default_factory=dict)  # held no more, and worked on
 
     def of(self, peer: Peer) -> list[int]:
         return [id_ for id_, lease in self.held.items() if lease.peer == peer]
 
     def count(self) -> Counter[Peer]:
-        return +self._load
+        load = +self._load
+        for peer, ids in self._shared.items():
+            load[peer] += len(ids)
+        return load
 
     def lease(self, id_: int, peer: Peer, now: float) -> int:
         """Give ticket `id_` to `peer`; the number of this attempt."""
         attempt = self._attempts[id_]
         self._attempts[id_] += 1
-        self._put(id_, Lease(peer, attempt, now + self.lease_s))
+        self._put(id_, Lease(peer, attempt, now + self.lease_s, now))
         return attempt
+
+    def slow(self, now: float) -> list[int]:
+        """Tickets that somebody holds far longer than any of the last answers took, and longer than
+        a lease; the oldest first. Looks a few times a lease and says nothing in between.
+        """
+        if now < self._look_at or not self._took:
+            return []
+        self._look_at = now + self.lease_s / LOOKS
+        limit = max(self.lease_s, SLOW * max(self._took))
+        found = [
+            (lease.since, id_) for id_, lease in self.held.items() if now - lease.since > limit
+        ]
+        return [id_ for _, id_ in sorted(found)]
+
+    def share(self, id_: int, peer: Peer, now: float) -> int:
+        """Give `peer` the ticket as well, as another attempt. Whoever had it is not told, and has
+        no room for another one until it has answered, dropped it or left.
+        """
+        self._shared.setdefault(self.held[id_].peer, set()).add(id_)
+        return self.lease(id_, peer, now)
+
+    def forget(self, peer: Peer) -> None:
+        """The connection is gone, with all that it worked on."""
+        self._shared.pop(peer, None)
 
     def claim(self, ids: Iterable[int], peer: Peer, now: float) -> None:
         """`peer` says it has these tickets: they are its own again, at the attempt they were."""
@@ -56,9 +90,12 @@ class Leases:
             attempt = lease.attempt if lease else ANY_ATTEMPT
             if lease is None and id_ in self.waiting:
                 self.waiting.remove(id_)
-            self._put(id_, Lease(peer, attempt, now + self.lease_s))
+            self._put(id_, Lease(peer, attempt, now + self.lease_s, now))
 
-    def renew(self, ids: Iterable[int], peer: Peer, now: float) -> None:
+    def renew(self, ids: Sequence[int], peer: Peer, now: float) -> None:
+        """`peer` says what it holds."""
+        if (shared := self._shared.pop(peer, None)) and (left := shared.intersection(ids)):
+            self._shared[peer] = left
         for id_ in ids:
             lease = self.held.get(id_)
             if lease is not None and lease.peer == peer:
@@ -68,6 +105,14 @@ class Leases:
         """The learner itself stood still: nobody's lease ran in that time."""
         for lease in self.held.values():
             lease.expires += seconds
+            lease.since += seconds
+
+    def answered(self, id_: int, peer: Peer, now: float) -> None:
+        """`peer` sent the group of the ticket, which is admitted."""
+        lease = self.held.get(id_)
+        if lease is not None and lease.peer == peer:
+            self._took.append(now - lease.since)
+        self.end(id_)
 
     def end(self, id_: int) -> None:
         """The ticket is closed or its group admitted."""

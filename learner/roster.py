@@ -59,6 +59,7 @@ class Roster:
                 # the same process on a new connection: its leases move below or are freed
                 del self.actors[old]
                 self._limits.forget(old)
+                books.leases.forget(old)
                 self._release(old, keep=(*hello.held, *hello.owed))
         self.actors[peer] = Actor(
             hello.actor, hello.engine, hello.host, hello.pid, hello.capacity, now
@@ -93,6 +94,7 @@ class Roster:
         if actor is None:
             return
         self._limits.forget(peer)
+        self._books.leases.forget(peer)
         log.info("actor %s left", actor.name)
         self._books.counts["left" if blame == "none" else "lost"] += 1
         for id_ in self._books.leases.of(peer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,32 @@ def test_a_slow_actor_holds_no_step_hostage(tmp_path: Path) -> None:
             train(counter, take(counter))
         assert counter.desk.look(lambda: counter.ledger.t) == 3
         assert slow.answer(kept, version=0) == "ack", "late, and counted all the same"
+    finally:
+        counter.close()
+
+
+def test_what_only_a_slow_actor_holds_is_asked_of_another_that_has_nothing_to_do(
+    tmp_path: Path,
+) -> None:
+    """Without lag a step needs every ticket that is out: one of them must not be all-deciding."""
+    counter = Counter(tmp_path, replace(CONFIG, max_lag=0, lease_s=0.4))
+    try:
+        counter.desk.announce(0)
+        slow = counter.actor(capacity=1, name="slow")
+        kept = slow.grants(1)[0]
+        beat = wire.Heartbeat(run="run-1", incarnation=1, capacity=1, held=(kept.ticket.id,))
+        quick = counter.actor(capacity=2, name="quick", pid=2)
+        assert quick.answer(quick.grants(1)[0]) == "ack"
+        again = None
+        while again is None:
+            slow.say(beat)
+            with suppress(AssertionError):
+                again = quick.hear(wire.Grant, 0.1)
+        assert (again.ticket.id, again.attempt) == (kept.ticket.id, kept.attempt + 1)
+        assert quick.answer(again) == "ack"
+        train(counter, take(counter))
+        slow.say(result(kept.ticket))
+        assert slow.hear(wire.Answer).verdict == "duplicate", "late, and counted once"
     finally:
         counter.close()
 

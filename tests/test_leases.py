@@ -85,3 +85,37 @@ def test_time_in_which_the_learner_stood_still_does_not_count() -> None:
     leases.postpone(100.0)
     assert leases.overdue(now=105.0) == []
     assert leases.overdue(now=111.0) == [1]
+
+
+def test_a_ticket_held_far_longer_than_answers_take_is_slow_and_no_other() -> None:
+    leases = make_leases()
+    for id_ in (1, 2):
+        leases.lease(id_, A, now=0.0)
+    leases.lease(3, B, now=0.0)
+    assert leases.slow(now=1000.0) == [], "nobody has answered: nobody is slower than others"
+    leases.answered(3, B, now=5.0)
+    leases.lease(4, B, now=21.0)
+    assert leases.slow(now=19.0) == [], "less than four times as long"
+    assert leases.slow(now=25.0) == [1, 2]
+    assert leases.slow(now=25.1) == [], "it looks a few times a lease"
+
+
+def test_a_shared_ticket_is_the_others_and_still_takes_room_where_it_was() -> None:
+    leases = make_leases()
+    leases.lease(1, A, now=0.0)
+    assert leases.share(1, B, now=50.0) == 1, "another attempt"
+    assert leases.count() == {A: 1, B: 1}
+    assert leases.is_held(1, B, attempt=1)
+    assert not leases.is_held(1, A)
+    leases.renew([1], A, now=51.0)
+    assert leases.count()[A] == 1, "it says that it works on it"
+    leases.renew([], A, now=52.0)
+    assert leases.count() == {B: 1}
+
+
+def test_who_leaves_works_on_nothing_any_more() -> None:
+    leases = make_leases()
+    leases.lease(1, A, now=0.0)
+    leases.share(1, B, now=50.0)
+    leases.forget(A)
+    assert leases.count() == {B: 1}
