@@ -18,6 +18,7 @@ from actor.engine.base import Engine
 from common import patch, pull, stores
 from common.config import RunConfig
 from common.errors import DeadlineError, EngineError, WeightsError
+from common.receive import Unfinished
 from common.versions import Registry, Stamp, Weights
 from common.wire import Pulse, Welcome
 
@@ -43,6 +44,7 @@ class Fetcher:
         self._failures = 0  # in a row
         self._source: stores.Source | None = None  # of this run's blobs
         self._own: Weights | None = None  # what is served, for patches to be applied to
+        self._unfinished = Unfinished()  # what came of a version before its pull broke
         self._hinted, self._last_hint = asyncio.Event(), -1
         self._served = asyncio.Condition()
 
@@ -53,7 +55,7 @@ class Fetcher:
             self.registry = Registry(self._run.redis, message.run, TIMEOUT_S)
             self._source = stores.open_source(self._run, self.registry)
             self.version, self.digest, self._incarnation, self._vouched = -1, "", 0, 0
-            self._own = None
+            self._own, self._unfinished = None, Unfinished()
             self._hinted.set()
         if message.incarnation > self._incarnation or message.version != self._last_hint:
             self._hinted.set()
@@ -118,6 +120,7 @@ class Fetcher:
                 stamp.version,
                 self._incarnation,
                 own=self._own,
+                unfinished=self._unfinished,
             )
             if registry is not self.registry:  # another run since
                 return

@@ -61,7 +61,7 @@ def address(learner: str, served: str) -> str:
     return f"{learner.rpartition(':')[0]}:{served.rpartition(':')[2]}"
 
 
-def nothing() -> None:
+def nothing(_key: str, _there: int) -> None:
     """For those who do not ask how far it is."""
 
 
@@ -85,10 +85,12 @@ class PulledStore:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._lock, self._is_closed = threading.Lock(), False  # no socket of a context that ends
 
-    def get(self, key: str, into: memoryview, note: Callable[[], None] = nothing) -> None:
+    def get(
+        self, key: str, into: memoryview, note: Callable[[str, int], None] = nothing, at: int = 0
+    ) -> None:
         """`note` is called for every answer. Raises WeightsError: the learner has no such blob, or
         one of another size; DeadlineError. ConfigError: it cannot be reached without keys."""
-        pull = _Pull(key, into, note)
+        pull = _Pull(key, into, note, at)
         silence_s = self._silence_s
         while not pull.done:
             if time.monotonic() > pull.heard_at + self._patience_s:
@@ -134,11 +136,13 @@ class PulledStore:
 class _Pull:
     """One blob on its way: what is there, what was asked for, what is still to be asked."""
 
-    def __init__(self, key: str, into: memoryview, note: Callable[[], None]) -> None:
+    def __init__(
+        self, key: str, into: memoryview, note: Callable[[str, int], None], at: int
+    ) -> None:
         self.key, self.into, self._note = key, into, note
-        self.there = 0
+        self.there = at
         self.heard_at = time.monotonic()
-        self._missing = set(range(0, max(1, len(into)), CHUNK))  # an empty blob is asked for too
+        self._missing = set(range(at, max(1, len(into)), CHUNK))  # an empty blob is asked for too
         self._to_ask: deque[int] = deque()
         self._open = 0
 
@@ -176,4 +180,4 @@ class _Pull:
             self.there += len(data)
             self._open -= 1
             self.heard_at = time.monotonic()
-            self._note()
+            self._note(self.key, min(self._missing, default=len(self.into)))

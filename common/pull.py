@@ -13,24 +13,21 @@ are the patch, and the version is made from its base:
 
 from __future__ import annotations
 
-import itertools
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from common import patch
-from common.errors import DeadlineError, WeightsError
+from common.errors import WeightsError
+from common.receive import Unfinished, room_for
 from common.stores import Source, Store
 from common.versions import Blob, Entry, Manifest, Registry, Tensor, Weights, begin_digest
 
 log = logging.getLogger(__name__)
 
 ALIGNMENT = 64  # of every tensor in its version: any dtype may be viewed in place
-_READERS = 2  # blobs on their way at once: one is received while the one before is hashed
 
 
 class _Origin(NamedTuple):
@@ -40,6 +37,7 @@ class _Origin(NamedTuple):
     source: Source
     known_incarnation: int
     silence_s: float
+    unfinished: Unfinished
 
 
 def put_version(
@@ -65,10 +63,12 @@ def fetch(
     known_incarnation: int = 0,
     silence_s: float = 120.0,
     own: Weights | None = None,
+    unfinished: Unfinished | None = None,
 ) -> Weights:
     """The newest version (None), or a certain one, complete and verified; its tensors are views
     into one buffer of its own. `own`: a version at hand, which patches may be applied to a copy of.
     It may take as long as it takes while bytes come; `silence_s` without one is its end.
+    `unfinished`: what an earlier fetch left, which broke off; this one goes on from there.
 
     Raises WeightsError with the reason (nothing published, a learner older than
     `known_incarnation`, a missing or short blob, a wrong digest) and DeadlineError. For a blob that
@@ -78,7 +78,8 @@ def fetch(
         version = registry.latest()
         if version is None:
             raise WeightsError("no version is published yet")
-    origin = _Origin(registry, source, known_incarnation, silence_s)
+    left = Unfinished() if unfinished is None else unfinished
+    origin = _Origin(registry, source, known_incarnation, silence_s, left)
     manifest = _manifest(origin, version)
     try:
         if manifest.kind == "full":
@@ -101,26 +102,33 @@ def _patched(origin: _Origin, manifest: Manifest, own: Weights | None) -> Weight
     chain, root = _chain(origin, manifest, own)
     if root is None and own is not None:
         try:
-            return _made(origin, _copied(own, manifest), chain)
+            return _made(manifest, _copied(own, manifest), _received(origin, chain))
         except WeightsError as error:
             log.warning("from the last full version, since from version %d: %s", own.version, error)
         chain, root = _chain(origin, manifest, None)
     assert root is not None, "a chain that does not begin at one's own begins at a full version"
-    buffer = _room(root, root.nbytes)
-    _receive(origin, root, buffer)  # not hashed: what is made of it will be
-    return _made(origin, buffer, chain)
+    buffer, *patches = _received(origin, [root, *chain])
+    return _made(manifest, buffer, patches)
 
 
-def _made(origin: _Origin, buffer: memoryview, chain: Sequence[Manifest]) -> Weights:
-    """`buffer` is changed to the version that the chain ends at."""
+def _received(origin: _Origin, manifests: Sequence[Manifest]) -> list[memoryview]:
+    """The blobs of each, not hashed: what is made of them will be. A patch changes the bytes that
+    it is applied to, so all are there before the first is.
+    """
+    origin.unfinished.only(manifests)
+    found = [origin.unfinished.receive(origin.source, m, origin.silence_s) for m in manifests]
+    origin.unfinished.forget()
+    return found
+
+
+def _made(manifest: Manifest, buffer: memoryview, patches: Sequence[memoryview]) -> Weights:
+    """`buffer` is changed to the version that the patches end at."""
     elements = np.frombuffer(buffer, np.uint16)
-    for link in chain:
-        frames = _room(link, sum(blob.nbytes for blob in link.blobs))
-        _receive(origin, link, frames)
+    for frames in patches:
         patch.apply(frames, elements)
-    content = _Content(chain[-1], buffer)
-    content.arrived(len(buffer))
-    return _weights(chain[-1], buffer, content.digest())
+    content = _Content(manifest)
+    content.arrived(buffer, len(buffer))
+    return _weights(manifest, buffer, content.digest())
 
 
 def _chain(
@@ -147,27 +155,20 @@ def _copied(own: Weights, manifest: Manifest) -> memoryview:
     entries, pieces = lay_out(own.tensors)
     if (entries, sum(map(len, pieces))) != (manifest.tensors, manifest.nbytes):
         raise WeightsError(f"version {own.version} at hand has other tensors")
-    buffer = np.frombuffer(_room(manifest, manifest.nbytes), np.uint8)
+    buffer = np.frombuffer(room_for(manifest, manifest.nbytes), np.uint8)
     for tensor, entry in zip(own.tensors, manifest.tensors, strict=True):
         buffer[entry.offset : entry.offset + entry.nbytes] = np.frombuffer(tensor.data, np.uint8)
     return buffer.data
-
-
-def _room(manifest: Manifest, nbytes: int) -> memoryview:
-    """Raises WeightsError: what its manifest asks for is more than there is."""
-    try:
-        return np.empty(nbytes, np.uint8).data
-    except (MemoryError, ValueError):  # ValueError: no machine could address it
-        raise WeightsError(f"version {manifest.version}: no memory for {nbytes} bytes") from None
 
 
 # -- whole versions --------------------------------------------------------------------------------
 
 
 def _pull(origin: _Origin, manifest: Manifest) -> Weights:
-    buffer = _room(manifest, manifest.nbytes)
-    content = _Content(manifest, buffer)
-    _receive(origin, manifest, buffer, content)
+    content = _Content(manifest)
+    origin.unfinished.only([manifest])
+    buffer = origin.unfinished.receive(origin.source, manifest, origin.silence_s, content.arrived)
+    origin.unfinished.forget()  # if the digest is wrong, nobody knows which bytes are
     return _weights(manifest, buffer, content.digest())
 
 
@@ -184,79 +185,20 @@ def _weights(manifest: Manifest, buffer: memoryview, found: str) -> Weights:
     return Weights(manifest.version, manifest.digest, tensors, manifest.incarnation)
 
 
-def _receive(
-    origin: _Origin, manifest: Manifest, buffer: memoryview, content: _Content | None = None
-) -> None:
-    """All blobs of a version into `buffer`; `content` hashes them as they come."""
-    there = 0
-    progress = _Progress()
-    readers = ThreadPoolExecutor(_READERS, "fetch")
-    try:
-        coming = _start(readers, origin.source, manifest.blobs, buffer, progress.note)
-        for blob, future in zip(manifest.blobs, coming, strict=True):
-            if not progress.until(future, origin.silence_s):
-                raise DeadlineError(
-                    f"version {manifest.version}: no byte came for {origin.silence_s:g} s; "
-                    f"{there} of {len(buffer)} are there"
-                )
-            future.result()
-            there += blob.nbytes
-            if content is not None:
-                content.arrived(blob.nbytes)
-    finally:
-        progress.is_over = True
-        readers.shutdown(wait=False, cancel_futures=True)
-
-
-class _Progress:
-    """When the last bytes came, whichever reader's; readers left behind end at their next bytes."""
-
-    def __init__(self) -> None:
-        self.is_over = False
-        self._at = time.monotonic()
-
-    def note(self) -> None:
-        if self.is_over:
-            raise WeightsError("nobody waits for this blob any more")
-        self._at = time.monotonic()
-
-    def until(self, future: Future[None], silence_s: float) -> bool:
-        """False: there was none for so long."""
-        while not wait([future], max(0.0, self._at + silence_s - time.monotonic())).done:
-            if time.monotonic() >= self._at + silence_s:
-                return False
-        return True
-
-
-def _start(
-    readers: ThreadPoolExecutor,
-    source: Source,
-    blobs: Sequence[Blob],
-    buffer: memoryview,
-    note: Callable[[], None],
-) -> list[Future[None]]:
-    starts = itertools.accumulate((blob.nbytes for blob in blobs), initial=0)
-    pairs = zip(blobs, starts, strict=False)  # one start more than blobs: the end
-    return [
-        readers.submit(source.get, blob.key, buffer[at : at + blob.nbytes], note)
-        for blob, at in pairs
-    ]
-
-
 class _Content:
     """Hashes a version's tensors as its bytes arrive from the front."""
 
-    def __init__(self, manifest: Manifest, buffer: memoryview) -> None:
+    def __init__(self, manifest: Manifest) -> None:
         self.there = 0  # bytes that have arrived
-        self._buffer = buffer
         self._hash = begin_digest([(e.name, e.dtype, e.shape) for e in manifest.tensors])
         self._left = [(e.offset, e.offset + e.nbytes) for e in reversed(manifest.tensors)]
 
-    def arrived(self, nbytes: int) -> None:
+    def arrived(self, buffer: memoryview, nbytes: int) -> None:
+        """The next `nbytes` of the version are in `buffer`, which is room for all of it."""
         self.there += nbytes
         while self._left and self._left[-1][0] < self.there:
             start, end = self._left.pop()
-            self._hash.update(self._buffer[start : min(end, self.there)])
+            self._hash.update(buffer[start : min(end, self.there)])
             if end > self.there:
                 self._left.append((self.there, end))
                 return

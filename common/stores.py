@@ -26,8 +26,11 @@ _READ_BYTES = 8 << 20  # of one look at a file, which may lie behind a slow netw
 class Source(Protocol):
     """What an actor needs of a store."""
 
-    def get(self, key: str, into: memoryview, note: Callable[[], None] = nothing) -> None:
-        """Fill `into`, and call `note` whenever more of it is there; what it raises ends the work.
+    def get(
+        self, key: str, into: memoryview, note: Callable[[str, int], None] = nothing, at: int = 0
+    ) -> None:
+        """Fill `into` from byte `at` on: those before are there. `note` is told the key and how
+        many bytes from the front are there whenever they are more; what it raises ends the work.
         Raises WeightsError for a blob that is missing or of another size, and DeadlineError.
         """
         ...
@@ -64,9 +67,11 @@ class RedisStore:
             self._redis.sadd(self._names, key)
             self._redis.set(self._key(key), data[0] if len(data) == 1 else b"".join(data))
 
-    def get(self, key: str, into: memoryview, note: Callable[[], None] = nothing) -> None:
+    def get(
+        self, key: str, into: memoryview, note: Callable[[str, int], None] = nothing, at: int = 0
+    ) -> None:
         # in ranges: a reply is parsed and copied while it is small enough for the processor's cache
-        for first in range(0, max(1, len(into)), _RANGE_BYTES):
+        for first in range(at, max(1, len(into)), _RANGE_BYTES):
             want = into[first : first + _RANGE_BYTES]
             with self._registry.asking(f"give blob {key}"):
                 part = cast(
@@ -75,7 +80,7 @@ class RedisStore:
             if len(part) != len(want):
                 raise wrong_size(key, first + len(part), len(into))
             want[:] = part
-            note()
+            note(key, first + len(part))
 
     def missing(self, keys: Sequence[str]) -> list[str]:
         with (
@@ -132,17 +137,19 @@ class FileStore:
                 aside.unlink()
             raise WeightsError(f"blob {path} could not be written: {error.strerror}") from None
 
-    def get(self, key: str, into: memoryview, note: Callable[[], None] = nothing) -> None:
+    def get(
+        self, key: str, into: memoryview, note: Callable[[str, int], None] = nothing, at: int = 0
+    ) -> None:
         path = self._path(key)
         try:
             with path.open("rb", buffering=0) as file:
-                size, at = os.fstat(file.fileno()).st_size, 0
+                size, at = os.fstat(file.fileno()).st_size, file.seek(at)
                 while size == len(into) and at < size:
                     read = file.readinto(into[at : at + _READ_BYTES])
                     if not read:
                         break
                     at += read
-                    note()
+                    note(key, at)
         except FileNotFoundError:
             raise wrong_size(key, 0, len(into)) from None
         except OSError as error:

@@ -71,12 +71,14 @@ class ServedStore:
         self._blobs[key] = _Blob([piece for piece in data if len(piece)])
         self._registry.serve(self._incarnation, self.endpoint)
 
-    def get(self, key: str, into: memoryview, note: Callable[[], None] = nothing) -> None:
+    def get(
+        self, key: str, into: memoryview, note: Callable[[str, int], None] = nothing, at: int = 0
+    ) -> None:
         held = self._blobs.get(key)
         if held is None or held.total != len(into):
             raise wrong_size(key, held.total if held else 0, len(into))
-        into[:] = held.part(0, held.total)
-        note()
+        into[at:] = held.part(at, held.total - at)
+        note(key, held.total)
 
     def missing(self, keys: Sequence[str]) -> list[str]:
         """All of them, when the registry has forgotten where they are."""

@@ -13,6 +13,7 @@ class Cut:
     def __init__(self, target: str, limit: int, times: int) -> None:
         self._port = int(target.rpartition(":")[2])
         self._limit, self.times = limit, times
+        self.passed = 0  # bytes, both ways together
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -31,6 +32,7 @@ class Cut:
             while data := source.recv(1 << 16):
                 target.sendall(data)
                 passed += len(data)
+                self.passed += len(data)
                 if passed > self._limit and self.times > 0:
                     self.times -= 1
                     break

@@ -5,25 +5,33 @@ from __future__ import annotations
 import numpy as np
 
 from common.pull import put_version
-from common.stores import open_store
+from common.stores import Store, open_store
 from common.versions import Manifest, Registry, Tensor, digest
 
 
 def lay(
-    registry: Registry, version: int, incarnation: int = 1, seed: int | None = None
+    registry: Registry,
+    version: int,
+    incarnation: int = 1,
+    seed: int | None = None,
+    store: Store | None = None,
 ) -> Manifest:
     """Store a version whose content follows from `seed`; nobody knows of it yet."""
     content = np.random.default_rng(version if seed is None else seed).random(64, np.float32)
     tensors = (Tensor("w", "F32", (64,), memoryview(content.tobytes())),)
-    return lay_tensors(registry, version, tensors, incarnation)
+    return lay_tensors(registry, version, tensors, incarnation, store)
 
 
 def lay_tensors(
-    registry: Registry, version: int, tensors: tuple[Tensor, ...], incarnation: int = 1
+    registry: Registry,
+    version: int,
+    tensors: tuple[Tensor, ...],
+    incarnation: int = 1,
+    store: Store | None = None,
 ) -> Manifest:
     """Store a version of these tensors; nobody knows of it yet."""
     named = digest(tensors)
-    entries, blobs = put_version(open_store("redis", registry), version, named, tensors)
+    entries, blobs = put_version(store or open_store("redis", registry), version, named, tensors)
     return Manifest(
         version=version,
         step=version,

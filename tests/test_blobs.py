@@ -22,6 +22,7 @@ from common.config import RunConfig
 from common.errors import ConfigError, DeadlineError, WeightsError
 from common.failpoints import Failpoint
 from common.pull import fetch
+from common.receive import Unfinished
 from common.stores import open_source
 from common.versions import Registry, Tensor, digest
 from learner.blobs import ServedStore, open_blobs
@@ -126,6 +127,27 @@ def test_a_pull_whose_connection_is_cut_goes_on_where_it_was(
     assert np.array_equal(pulled(store), content())
     assert proxy.times == 0
     assert store.reconnects >= 1
+
+
+def test_a_pull_that_was_given_up_goes_on_at_the_byte_that_it_had_reached(
+    registry: Registry, served: ServedStore, closing: Callable[[object], None]
+) -> None:
+    tensors = (Tensor("w", "U8", (SIZE,), content().data),)
+    Publisher(registry, served, 1, 2, Failpoint()).publish(0, 0, tensors, digest(tensors))
+    proxy = Cut(served.endpoint, limit=3 * CHUNK, times=1)
+    closing(proxy)
+    registry.serve(1, proxy.endpoint)
+    store = PulledStore(registry, served.endpoint, silence_s=1.0, patience_s=0.9)
+    closing(store)
+    left = Unfinished()
+    with pytest.raises(DeadlineError, match="nothing of blob"):
+        fetch(registry, store, unfinished=left)
+    (room,) = left._rooms.values()
+    there = sum(room.there.values())
+    assert there >= 2 * CHUNK
+    before = proxy.passed
+    assert fetch(registry, store, unfinished=left).digest == digest(tensors)
+    assert proxy.passed - before < SIZE - there + CHUNK // 2
 
 
 def test_a_pull_outlives_a_learner_that_comes_back_on_another_port(

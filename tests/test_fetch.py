@@ -16,6 +16,7 @@ from actor.fetch import Fetcher
 from common.config import RunConfig
 from common.errors import DeadlineError, WeightsError
 from common.redis_server import RedisServer
+from common.stores import RedisStore
 from common.versions import Registry, Weights
 from common.wire import Pulse, Sampling, Welcome
 from tests.published import lay, put, spoil
@@ -100,6 +101,23 @@ async def test_a_corrupt_version_is_refused_and_the_old_one_keeps_being_served(
         put(registry, 1)  # the same blob again, whole
         await fetcher.reached(1, 5)
         assert fetcher.counts["weights_refused"] == 0
+
+
+async def test_what_came_of_a_version_before_its_pull_broke_is_not_pulled_again(
+    redis_url: str, registry: Registry
+) -> None:
+    store = RedisStore(registry)
+    store.blob_bytes = 100  # three of them
+    manifest = lay(registry, 1, store=store)
+    last = registry.key(f"blob:{manifest.blobs[-1].key}")
+    registry.client.rename(last, "aside")
+    registry.publish(manifest)
+    async with following(redis_url, scripted()) as fetcher:
+        await until(fetcher, "weights_refused")
+        spoil(registry, manifest)  # the first blob: nobody reads it a second time
+        registry.client.rename("aside", last)
+        await fetcher.reached(1, 5)
+        assert fetcher.digest == manifest.digest
 
 
 async def test_a_version_that_does_not_fit_the_model_is_refused_and_asked_for_again(

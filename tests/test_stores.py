@@ -14,6 +14,7 @@ from common.blobs import nothing
 from common.errors import ConfigError, DeadlineError, WeightsError
 from common.failpoints import Failpoint
 from common.pull import ALIGNMENT, fetch
+from common.receive import Unfinished
 from common.stores import FileStore, RedisStore, Store, open_store
 from common.versions import Registry, Tensor, digest
 from learner.publish import Publisher
@@ -152,11 +153,13 @@ def test_a_fetch_without_a_byte_for_too_long_says_how_far_it_came(
 class Trickling(FileStore):
     """Behind a network that is slow, but never silent."""
 
-    def get(self, key: str, into: memoryview, note: Callable[[], None] = nothing) -> None:
+    def get(
+        self, key: str, into: memoryview, note: Callable[[str, int], None] = nothing, at: int = 0
+    ) -> None:
         for _ in range(40):
             time.sleep(0.02)  # the slowness itself: nothing is awaited
-            note()
-        super().get(key, into, note)
+            note(key, at)
+        super().get(key, into, note, at)
 
 
 def test_a_slow_fetch_takes_its_time_while_bytes_come(registry: Registry, tmp_path: Path) -> None:
@@ -174,12 +177,14 @@ class Endless(FileStore):
         super().__init__(folder)
         self.ended = threading.Event()
 
-    def get(self, key: str, into: memoryview, note: Callable[[], None] = nothing) -> None:
+    def get(
+        self, key: str, into: memoryview, note: Callable[[str, int], None] = nothing, at: int = 0
+    ) -> None:
         if key.endswith("-0"):
             raise WeightsError("damaged")
         try:
             while True:
-                note()
+                note(key, 1)
         finally:
             self.ended.set()
 
@@ -191,6 +196,76 @@ def test_a_reader_that_is_left_behind_ends(registry: Registry, tmp_path: Path) -
     with pytest.raises(WeightsError, match="damaged"):
         fetch(registry, store)
     assert store.ended.wait(10)
+
+
+class Breaking(FileStore):
+    """Its link breaks in the middle of every blob, so often."""
+
+    def __init__(self, folder: Path, breaks: int) -> None:
+        super().__init__(folder)
+        self.breaks, self.asked = breaks, list[tuple[str, int]]()
+
+    def get(
+        self, key: str, into: memoryview, note: Callable[[str, int], None] = nothing, at: int = 0
+    ) -> None:
+        self.asked.append((key[-1], at))
+        if self.breaks <= 0:
+            return super().get(key, into, note, at)
+        whole = memoryview(bytearray(len(into)))
+        super().get(key, whole)
+        into[at : len(into) // 2] = whole[at : len(into) // 2]
+        note(key, len(into) // 2)
+        self.breaks -= 1
+        raise DeadlineError("the link broke")
+
+
+def test_a_fetch_that_broke_goes_on_at_the_bytes_that_it_had_reached(
+    registry: Registry, tmp_path: Path
+) -> None:
+    store = Breaking(tmp_path, breaks=2)
+    store.blob_bytes = 1 << 14
+    named = publish(registry, store, some_tensors())  # two blobs
+    left = Unfinished()
+    while store.breaks > 0:
+        with pytest.raises(DeadlineError, match="the link broke"):
+            fetch(registry, store, unfinished=left)
+    store.asked.clear()
+    assert fetch(registry, store, unfinished=left).digest == named
+    assert dict(store.asked)["0"] == (1 << 14) // 2
+    store.asked.clear()
+    assert fetch(registry, store, unfinished=left).digest == named
+    assert dict(store.asked) == {"0": 0, "1": 0}, "what was fetched is its owner's, not the next's"
+
+
+def test_bytes_kept_of_a_broken_fetch_that_are_wrong_are_refused_and_fetched_again(
+    registry: Registry, tmp_path: Path
+) -> None:
+    store = Breaking(tmp_path, breaks=2)
+    store.blob_bytes = 1 << 14
+    named = publish(registry, store, some_tensors())
+    left = Unfinished()
+    with pytest.raises(DeadlineError):
+        fetch(registry, store, unfinished=left)
+    (room,) = left._rooms.values()
+    room.data[5] ^= 1
+    store.breaks = 0
+    with pytest.raises(WeightsError, match="the content's digest is"):
+        fetch(registry, store, unfinished=left)
+    assert fetch(registry, store, unfinished=left).digest == named
+
+
+def test_what_was_kept_of_a_version_goes_when_another_is_fetched(
+    registry: Registry, tmp_path: Path
+) -> None:
+    store = Breaking(tmp_path, breaks=2)
+    publish(registry, store, some_tensors())
+    left = Unfinished()
+    with pytest.raises(DeadlineError):
+        fetch(registry, store, unfinished=left)
+    store.breaks = 0
+    named = publish(registry, store, some_tensors(1), version=1)
+    assert fetch(registry, store, unfinished=left).digest == named
+    assert not left._rooms
 
 
 def test_a_file_store_leaves_nothing_half_written_under_a_blob_s_name(
