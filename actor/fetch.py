@@ -53,6 +53,8 @@ class Fetcher:
         if self.registry is None or self.registry.run_id != message.run:
             self.close()
             self.registry = Registry(self._run.redis, message.run, TIMEOUT_S)
+            if self.registry.unguarded:
+                log.warning("%s", self.registry.unguarded)
             self._source = stores.open_source(self._run, self.registry)
             self.version, self.digest, self._incarnation, self._vouched = -1, "", 0, 0
             self._own, self._unfinished = None, Unfinished()

@@ -33,7 +33,8 @@ def need(condition: bool, message: str) -> None:
 
 def without_password(url: str) -> str:
     """As people and files may see it."""
-    return re.sub(r"(//[^:@/]*):.*@", r"\1:***@", url)
+    hidden = re.sub(r"(//[^:@/]*):.*@", r"\1:***@", url)
+    return re.sub(r"([?&]password=)[^&\s\"]*", r"\1***", hidden)
 
 
 class RunConfig(Section, frozen=True, kw_only=True):

@@ -184,6 +184,8 @@ def of_recipe(recipe: str, overrides: tuple[str, ...]) -> Iterator[Finding]:
         yield _attempt("learner", lambda: _bindable(run.learner))
     if "redis" in given:
         yield _attempt("registry", lambda: _ping(run.redis))
+        if open_ := _unguarded(run.redis):
+            yield Finding("warn", "registry", open_)
 
 
 def _attempt(what: str, attempt: Callable[[], str]) -> Finding:
@@ -214,7 +216,17 @@ def _bindable(endpoint: str) -> str:
         return f"{endpoint} is free"
 
 
+def _unguarded(url: str) -> str:
+    from common.softstate import SoftState
+
+    try:
+        return SoftState(url, "doctor").unguarded
+    except IsentropeError:
+        return ""  # said already
+
+
 def _ping(url: str) -> str:
+    from common.config import without_password
     from common.versions import Registry
 
     registry = Registry(url, "doctor", timeout_s=3.0)
@@ -223,4 +235,4 @@ def _ping(url: str) -> str:
             registry.client.ping()
     finally:
         registry.close()
-    return f"{url} answers"
+    return f"{without_password(url)} answers"

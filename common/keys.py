@@ -80,8 +80,10 @@ def _pair() -> KeyFile:
 
 
 def _write(path: Path, keys: KeyFile) -> None:
+    """Readable by the owner alone from its first byte on, whatever lay in its place."""
     aside = path.with_suffix(".new")
-    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+    aside.unlink(missing_ok=True)
+    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(msgspec.json.encode(keys))
     aside.rename(path)
 

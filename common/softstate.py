@@ -20,6 +20,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from common.channel import is_local
 from common.config import without_password
 from common.errors import ConfigError, DeadlineError, WeightsError
 
@@ -55,6 +56,7 @@ class SoftState:
                 "redis://HOST:PORT/0 (in a password / : @ % are written %2F %3A %40 %25)"
             ) from None
         self._where = _place(self.client)
+        self.unguarded = _unguarded(self.client)  # why strangers may change what is there, or ""
         self._leave_alone_until = 0.0
 
     def key(self, name: str) -> str:
@@ -147,6 +149,17 @@ def _place(client: redis.Redis) -> str:
     """Where it is, without the password that its URL may hold."""
     options = client.connection_pool.connection_kwargs
     return str(options.get("path") or f"{options.get('host')}:{options.get('port')}")
+
+
+def _unguarded(client: redis.Redis) -> str:
+    options = client.connection_pool.connection_kwargs
+    host = str(options.get("host", ""))
+    if options.get("password") or not host or is_local(f"tcp://{host}:0"):
+        return ""
+    return (
+        f"Redis at {host} has no password: whoever reaches it can give actors other weights; take "
+        "redis://USER@HOST:PORT/0?password_file=PATH, or rediss://… where others may listen"
+    )
 
 
 def _one_line(error: Exception) -> str:

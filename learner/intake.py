@@ -31,6 +31,7 @@ log = logging.getLogger("isentrope.desk")
 
 DRAIN_MESSAGES = 64  # at most so many messages a turn, so that commits stay frequent
 COPIED_BYTES = 8192  # ZeroMQ reads so many at once; a view of a smaller message would hold them all
+LONGEST_REASON = 300  # letters of what an actor says about a failure
 MOST_STAT = 2.0**53  # of a number in a heartbeat; what is none, or beyond, is left out
 
 
@@ -57,6 +58,8 @@ class Intake:
     def receive(self, now: float) -> bool:
         """What has come, so much a turn; True when the socket was emptied."""
         for _ in range(DRAIN_MESSAGES):
+            if self._limits.flooded:
+                return False
             try:
                 peer = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
@@ -69,7 +72,10 @@ class Intake:
                     self._books.counts["refused_muted"] += 1
                     continue
                 data = frame.buffer if len(frame) > COPIED_BYTES else frame.bytes
-                self._hear(peer, self._codec.decode(data), data, now)
+                message = self._codec.decode(data)
+                known = peer in self._roster.actors
+                self._limits.check(peer if known else STRANGERS, message, now, len(frame))
+                self._hear(peer, message, data, now)
             except WireError as error:
                 self._refuse(peer, error, now)
         return False
@@ -80,7 +86,6 @@ class Intake:
 
     def _hear(self, peer: Peer, message: Any, frame: bytes | memoryview, now: float) -> None:
         books, actor = self._books, self._roster.actors.get(peer)
-        self._limits.check(peer if actor else STRANGERS, message, now)
         if isinstance(message, Hello):
             self._roster.welcome(peer, message, now)
             return
@@ -100,7 +105,7 @@ class Intake:
             case Failure(ticket=id_, attempt=attempt, blame=blame, reason=reason):
                 ours = message.incarnation == books.identity["incarnation"]
                 if ours and books.leases.is_held(id_, peer, attempt):
-                    books.give_back(id_, blame, reason)
+                    books.give_back(id_, blame, " ".join(reason.split())[:LONGEST_REASON])
             case Bye():
                 self._roster.forget(peer, "none")
 
@@ -111,8 +116,10 @@ class Intake:
         if group.run != books.identity["run"] or (
             entry is None and not ledger.is_closed(group.ticket)
         ):
+            self._limits.talk(peer, actor.seen)
             books.answer(peer, group.ticket, "unknown")
         elif entry is None or entry.group is not None:
+            self._limits.talk(peer, actor.seen)
             books.answer(peer, group.ticket, "duplicate")
         else:
             try:

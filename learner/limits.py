@@ -26,6 +26,8 @@ MUTED_S = 60.0
 TALK = 8_192.0  # messages that are no results at once (an actor that leaves gives much back), and …
 TALK_PER_S = 512.0  # … later on
 MOST_HELD = 16_384  # tickets in one message
+MOST_SAID = 256 << 10  # bytes of a message that is no result: so many tickets, and some words
+LONGEST_NAME = 200  # letters
 WASTE = 32  # useless messages in a turn …
 REST_MS = 30  # … after which the desk looks away
 STRANGERS: Peer = b""
@@ -80,15 +82,26 @@ class Limits:
         self._wasted += muted
         return muted
 
-    def check(self, peer: Peer, message: object, now: float) -> None:
-        """Raises WireError(`rate` | `outstanding`) for a readable message that is too much."""
+    def check(self, peer: Peer, message: object, now: float, nbytes: int = 0) -> None:
+        """Raises WireError(`oversized` | `name` | `rate` | `outstanding`) for a readable message
+        that is too much. A result may be large, and is no talk.
+        """
         if isinstance(message, Group):
             return
+        if nbytes > MOST_SAID:
+            raise WireError("oversized", f"{nbytes} bytes; what is no result has {MOST_SAID}")
+        if isinstance(message, Hello) and not _is_name(message.actor):
+            raise WireError("name", f"an actor's has 1 to {LONGEST_NAME} printable letters")
         named = len(getattr(message, "held", ()))
         named += len(message.owed) if isinstance(message, Hello) else 0
         if named > MOST_HELD:
             raise WireError("outstanding", f"{named} tickets; at most {MOST_HELD} can be held")
-        if peer != STRANGERS and self._account(peer).talk.take(now) < 0:
+        if peer != STRANGERS:
+            self.talk(peer, now)
+
+    def talk(self, peer: Peer, now: float) -> None:
+        """A message that is no result that somebody waits for. Raises WireError(`rate`)."""
+        if self._account(peer).talk.take(now) < 0:
             raise WireError("rate", f"more than {TALK_PER_S:g} messages a second")
 
     def refuse(self, peer: Peer, now: float) -> bool:
@@ -109,6 +122,11 @@ class Limits:
         """The connection is gone."""
         self._accounts.pop(peer, None)
 
+    @property
+    def flooded(self) -> bool:
+        """This turn has read enough that was good for nothing."""
+        return self._wasted >= WASTE
+
     def rest_ms(self) -> int:
         """At the end of a turn: how long to look away from the socket."""
         wasted, self._wasted = self._wasted, 0
@@ -116,3 +134,8 @@ class Limits:
 
     def _account(self, peer: Peer) -> _Account:
         return self._accounts.setdefault(peer, _Account())
+
+
+def _is_name(name: str) -> bool:
+    """It stands in logs and tables, in one line of its own."""
+    return 0 < len(name) <= LONGEST_NAME and name.isprintable()

@@ -74,7 +74,12 @@ class InterveneConfig(Section, frozen=True, kw_only=True):
 
 def _check_voice(name: str, place: str, model: str, key: str) -> None:
     python = re.fullmatch(r"python:[\w.]+:\w+", place) is not None
-    endpoint = re.fullmatch(r"https?://[^/\s]+(/\S*)?", place) is not None
+    endpoint = re.fullmatch(r"https?://[^/\s@?]+(/[^\s@?]*)?", place) is not None
+    need(
+        not re.search(r"://.*[@?]", place),
+        f"{name}: an address holds no key or password, for it is journaled; give the name of the "
+        "environment variable that does as `key`",
+    )
     need(
         place == "" or python or endpoint,
         f'{name} = "{place}": expected python:MODULE:FUNCTION or an endpoint http(s)://HOST/v1',

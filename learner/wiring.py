@@ -78,6 +78,8 @@ def wire(
     past, journal = _take_up(run, config, folder, incarnation, stack)
     fail = Failpoint.parse(run.failpoint)
     registry = Registry(run.redis, folder.run_id)
+    if registry.unguarded:
+        log.warning("%s", registry.unguarded)
     patiently("take over the run", lambda: registry.fence(incarnation), meanwhile=comm.beat)
     publisher = _publisher(run, config, registry, incarnation, fail, comm, stack)
     desk = Desk(

@@ -45,6 +45,16 @@ def test_key_files_are_their_owners_alone_and_refused_otherwise(tmp_path: Path) 
             keys.read(str(path))
 
 
+def test_a_secret_is_never_written_into_a_file_that_others_may_read(tmp_path: Path) -> None:
+    left = tmp_path / "actor.new"  # of a command that was killed
+    left.write_text("")
+    left.chmod(0o666)
+    (tmp_path / "learner.new").symlink_to(tmp_path / "elsewhere")
+    for path in keys.make(tmp_path):
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_what_is_no_key_file_is_refused_by_name(tmp_path: Path) -> None:
     damaged = tmp_path / "actor.json"
     damaged.write_text('{"public": "x"}')

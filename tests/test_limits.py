@@ -68,11 +68,36 @@ def test_a_list_of_tickets_longer_than_anybody_can_hold_is_refused() -> None:
         it.check(A, beat(limits.MOST_HELD + 1), 1.0)
 
 
+def test_what_is_no_result_is_short() -> None:
+    it = Limits()
+    it.check(A, beat(), 1.0, limits.MOST_SAID)
+    with pytest.raises(WireError, match="oversized"):
+        it.check(A, beat(), 1.0, limits.MOST_SAID + 1)
+    group = wire.Group(ticket=1, attempt=0, kind="main", problem="p", rollouts=())
+    it.check(A, group, 1.0, 1 << 30)
+
+
+@pytest.mark.parametrize("name", ["", "a\n12:00:00 learner I all is well", "a" * 201, "\x1b[2J"])
+def test_a_name_is_a_word_or_two_in_one_line(name: str) -> None:
+    hello = wire.Hello(protocol=1, digest="d", actor=name, capacity=1)
+    with pytest.raises(WireError, match="name"):
+        Limits().check(STRANGERS, hello, 1.0)
+
+
+def test_results_that_nobody_waits_for_are_talk() -> None:
+    it = Limits()
+    for _ in range(int(limits.TALK)):
+        it.talk(A, 1.0)
+    with pytest.raises(WireError, match="rate"):
+        it.talk(A, 1.0)
+
+
 def test_the_desk_rests_after_a_turn_that_was_mostly_waste() -> None:
     it = Limits()
     it.refuse(A, 1.0)
     assert it.rest_ms() == 0
     for _ in range(limits.WASTE):
         it.waste()
+    assert it.flooded, "and reads no more in that turn"
     assert it.rest_ms() == limits.REST_MS
     assert it.rest_ms() == 0, "one turn at a time"

@@ -14,9 +14,12 @@ import pytest
 import redis
 
 from common.config import RunConfig, without_password
+from common.doctor import of_recipe
 from common.errors import ConfigError, DeadlineError, WeightsError
 from common.recipe import load
+from common.softstate import SoftState
 from common.versions import Registry
+from learner.turns import FeedbackConfig
 from tests import runs
 
 PASSWORD = "pa55-word-never-seen"
@@ -39,6 +42,7 @@ def guarded(redis_url: str) -> Iterator[str]:
         ("redis://:secret@host:1/0", "redis://:***@host:1/0"),
         ("rediss://me:s/e:c@r@host/0", "rediss://me:***@host/0"),
         ("run.redis=redis://me:secret@host", "run.redis=redis://me:***@host"),
+        ("redis://host/0?password=secret&x=1", "redis://host/0?password=***&x=1"),
         ("redis://host:6379/0", "redis://host:6379/0"),
         ("redis://me@host/0?password_file=/x", "redis://me@host/0?password_file=/x"),
     ],
@@ -62,6 +66,35 @@ def test_no_refusal_quotes_a_password(url: str) -> None:
         refused()
     assert PASSWORD not in str(error.value)
     assert "redis" in str(error.value)
+
+
+def test_doctor_says_that_redis_answers_and_not_with_what_password(guarded: str) -> None:
+    url = f'run.redis="redis://{USER}:{PASSWORD}@{guarded}"'
+    said = [str(finding) for finding in of_recipe("tiny", (url,))]
+    assert any("answers" in line for line in said)
+    assert not [line for line in said if PASSWORD in line]
+
+
+@pytest.mark.parametrize(
+    ("url", "open_"),
+    [
+        ("redis://192.0.2.7:6379/0", True),
+        ("redis://redis.example/0", True),
+        ("redis://me:secret@192.0.2.7/0", False),
+        ("redis://127.0.0.1:6379/0", False),
+        ("unix:///run/redis.sock", False),
+    ],
+)
+def test_a_redis_off_this_machine_without_a_password_is_warned_of(url: str, open_: bool) -> None:
+    assert ("no password" in SoftState(url, "r").unguarded) == open_
+
+
+def test_the_address_of_a_voice_holds_no_key_for_it_is_journaled() -> None:
+    for place in (f"https://me:{PASSWORD}@host/v1", f"https://host/v1?key={PASSWORD}"):
+        with pytest.raises(ConfigError, match="environment variable") as error:
+            FeedbackConfig(voice=place, model="m").check()
+        assert PASSWORD not in str(error.value)
+    FeedbackConfig(voice="https://host:8000/v1", model="m").check()
 
 
 def test_an_acl_user_that_may_touch_only_our_keys_is_enough(guarded: str) -> None:
