@@ -11,13 +11,16 @@ from __future__ import annotations
 import functools
 import sys
 from importlib.metadata import EntryPoint, entry_points, version
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from common.errors import IsentropeError
 
 GROUP = "isentrope.commands"
+PATHS = (  # what a path can be wrong by; a full disk, a lost file system keep their traceback
+    *(FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError),
+)
 
 
 class Subcommands(click.Group):
@@ -72,13 +75,22 @@ def isentrope() -> None:
 
 
 def standalone(command: click.Command, name: str | None = None) -> None:
-    """Run a command as a process' main: our errors are one line on stderr and their exit code."""
+    """Run a command as a process' main: our errors, and a path that is none, are one line on stderr
+    and an exit code.
+    """
     try:
         command.main(prog_name=name)
     except IsentropeError as error:
-        said = " ".join(str(error).split())
-        click.echo(f"{name or command.name}: {said}", err=True)
-        sys.exit(error.exit_code)
+        _end(name or command.name, str(error), error.exit_code)
+    except PATHS as error:
+        if error.filename is None:
+            raise
+        _end(name or command.name, f"{error.filename}: {error.strerror}", 2)
+
+
+def _end(name: str | None, said: str, exit_code: int) -> NoReturn:
+    click.echo(f"{name}: {' '.join(said.split())}", err=True)
+    sys.exit(exit_code)
 
 
 def main() -> None:

@@ -107,6 +107,12 @@ def prepare(
     if resume is not None and out is not None:
         raise click.UsageError("--out and --resume exclude each other: a run stays in its folder")
     source = str(existing_run(resume) / "recipe.toml") if resume else str(recipe)
+    given = read(source, overrides)
+    if not given:
+        raise ConfigError(
+            f"{source}: there is nothing in it; a recipe has the tables [run], [actor], [learner] "
+            "(isentrope init makes one)"
+        )
     sections = load_all(source, overrides)
     shared = sections["run"]
     assert isinstance(shared, RunConfig)
@@ -114,13 +120,13 @@ def prepare(
     folder = resume or _new_folder(out, Path(source).stem)
     frozen = f"# The recipe of this run: every value in force.\n\n{dump(sections)}"
     (folder / "recipe.toml").write_text(frozen, encoding="utf-8")
-    given = read(source, overrides).get("run", {})
+    ends = given.get("run", {})
     return Plan(
         folder=folder,
         resume=resume is not None,
         actors=getattr(sections["actor"], "count", 0),
-        redis=given.get("redis", ""),
-        learner=given.get("learner", ""),
+        redis=ends.get("redis", ""),
+        learner=ends.get("learner", ""),
         failpoint=shared.failpoint,
     )
 

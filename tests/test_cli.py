@@ -112,6 +112,23 @@ def test_a_missing_model_folder_is_one_line_that_names_what_there_is() -> None:
     assert "tiny" in done.stderr
 
 
+def test_a_path_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text("[run]\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 1.0}\n')
+    (tmp_path / "file").write_text("")
+    done = isentrope("plot", str(tmp_path), "--out", str(tmp_path / "file" / "plots"))
+    assert done.returncode == 2
+    assert done.stderr == f"isentrope: {tmp_path / 'file' / 'plots'}: Not a directory\n"
+
+
+def test_an_empty_file_is_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("# nothing\n")
+    done = isentrope("run", str(tmp_path / "mine.toml"), "--out", str(tmp_path / "run"))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "there is nothing in it" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_command_that_cannot_be_imported_leaves_the_others_alone(tmp_path: Path) -> None:
     facts = tmp_path / "broken-1.0.dist-info"
     facts.mkdir()
