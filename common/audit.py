@@ -13,58 +13,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from common.audit_checkpoints import check_checkpoints
+from common.audit_found import Audit, KindSums
 from common.audit_rule import Facts, allowed_lag, batch, facts_of
 from common.codec import Codec
 from common.episodes import PLAIN
 from common.errors import JournalError, WireError
 from common.journal import Position, read
-from common.proposals import Proposals
-from common.records import Admit, AnyRecord, ConfigChange, Drop, Finish, Issue, Open, Ready, Step
+from common.proposals import Proposals, is_made
+from common.records import (
+    Admit,
+    AnyRecord,
+    ConfigChange,
+    Drop,
+    Finish,
+    Halt,
+    Issue,
+    Open,
+    Ready,
+    Step,
+)
 from common.wire import FromActor, Group, Ticket
 
-FATES = {"zero_variance", "stale", "invalid", "verifier_error", "truncated", "failed", "surplus"}
+FATES = {
+    *("zero_variance", "stale", "invalid", "verifier_error", "truncated", "failed", "surplus"),
+    "suspect_label",
+}
 TRAINABLE = ("main", "aux", "propose")
-
-
-class KindSums(msgspec.Struct, kw_only=True):
-    """What became of the tickets of one kind; counted ticket by ticket."""
-
-    issued: int = 0
-    trained: int = 0
-    evaluated: int = 0
-    scored: int = 0
-    dropped: dict[str, int] = {}
-    buffered: int = 0
-    in_flight: int = 0
-
-    @property
-    def conserved(self) -> bool:
-        ended = self.trained + self.evaluated + self.scored + sum(self.dropped.values())
-        return self.issued == ended + self.buffered + self.in_flight
-
-
-class Audit(msgspec.Struct, kw_only=True):
-    """`ok`: every promise that the journal and the checkpoints can prove was kept."""
-
-    run: str = ""
-    ok: bool = True
-    violations: list[str] = []
-    complete: bool = True  # False: the journal was pruned, and only what is left was checked
-    sums: dict[str, KindSums] = {}
-    steps: int = 0
-    incarnations: int = 0
-    checkpoints: int = 0  # whose weights are those of their step's record
-    max_lag: int = 0  # allowed
-    lag_max: int = 0  # of any rollout trained on
-    lag_mean: float = 0.0
-    finished: str = ""
-
-    @property
-    def holds(self) -> bool:
-        return self.ok
 
 
 def audit(run_folder: Path) -> Audit:
@@ -93,6 +68,7 @@ class _Life:
     facts: Facts | None = None
     ready: bool = False
     gamma: float = 1.0  # of its episodes
+    made: bool = False  # it asks a proposed problem, or for proposals
 
 
 @dataclass(slots=True)
@@ -113,6 +89,7 @@ class _Auditor:
     _pruned: bool = False
     _last: Position | None = None
     _finished: str = ""
+    _halted: int | None = None  # first step that may train on nothing that was proposed
     _lags: Counter[int] = field(default_factory=Counter)
     _codec: Codec = field(default_factory=lambda: Codec(FromActor, 1 << 30))
 
@@ -133,6 +110,8 @@ class _Auditor:
                 self._step(record)
             case Drop(ticket=id_, reason=reason):
                 self._end(id_, reason, "is dropped")
+            case Halt(t=t) if t is not None:
+                self._halt(t)
             case ConfigChange(overrides=overrides):
                 self._config |= overrides.get("learner", {})
             case Finish(t=t, reason=reason):
@@ -195,7 +174,8 @@ class _Auditor:
         if ticket.id in self._lives:
             self.violations.append(f"ticket {ticket.id} is issued twice")
             return
-        self._lives[ticket.id] = _Life(ticket.kind, ticket.n, gamma=(ticket.episode or PLAIN).gamma)
+        gamma, made = (ticket.episode or PLAIN).gamma, is_made(ticket.problem)
+        self._lives[ticket.id] = _Life(ticket.kind, ticket.n, gamma=gamma, made=made)
 
     def _admit(self, id_: int, frame: bytes) -> None:
         life = self._known(id_, "is admitted")
@@ -219,7 +199,7 @@ class _Auditor:
             )
             return
         self._expect_versions(id_, group)
-        life.facts = facts_of(group, life.gamma)
+        life.facts = facts_of(group, life.gamma, life.made)
         life.fate = {"eval": "evaluated", "score": "scored"}.get(life.kind, "buffered")
         if life.fate == "buffered" and life.kind != "propose":
             self._buffer.append(id_)
@@ -234,6 +214,11 @@ class _Auditor:
         if waits:
             life.ready = True
             self._buffer.append(id_)
+
+    def _halt(self, t: int) -> None:
+        due = self._pruned or t in (self._t, self._t + 1)
+        self._expect(due, f"a halt holds from step {t} on, said when step {self._t} was due")
+        self._halted = t if self._halted is None else min(t, self._halted)
 
     def _step(self, record: Step) -> None:
         t = record.t
@@ -279,6 +264,9 @@ class _Auditor:
         if life is None:
             return
         self._expect(reason in FATES, f"ticket {id_} {how} for no known reason ({reason!r})")
+        if reason == "suspect_label" and not self._pruned:
+            suspect = life.made and self._halted is not None
+            self._expect(suspect, f"ticket {id_} {how} as suspect, and no halt made it so")
         if life.fate not in ("in_flight", "buffered"):
             self.violations.append(f"ticket {id_} {how} although it is {life.fate}")
             return
@@ -293,7 +281,8 @@ class _Auditor:
         t = record.t
         consumed = [i for i in record.consumed if self._kind(i) in TRAINABLE]
         buffered = [self._lives[i].facts for i in self._buffer]
-        expected = batch([facts for facts in buffered if facts], t, self._config)
+        halted = self._halted is not None and t >= self._halted
+        expected = batch([facts for facts in buffered if facts], t, self._config, halted)
         if expected is None:
             self.violations.append(f"step {t} was trained before its batch was determined")
             return

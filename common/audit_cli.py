@@ -12,7 +12,7 @@ from common.options import existing_run, json_option, run_folder_argument
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from common.audit import Audit
+    from common.audit_found import Audit
 
 
 @click.command()

@@ -4,7 +4,8 @@ The main part of step t is the first `groups_per_step` usable main groups in adm
 before the last of them that are not usable are dropped. After `refill_limit` × `groups_per_step`
 groups it is made of the usable ones there are. Then come the first `n_aux` usable aux groups that
 were admitted before the last main one, and the first `proposers` usable groups of proposers whose
-scores were known before it.
+scores were known before it. Of a step after a halt nothing is usable that was proposed, or is a
+proposal.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Facts(NamedTuple):
     verifier_error: bool
     truncated: bool  # every rollout
     uniform: bool  # in raw correctness, discounted by turn
+    made: bool = False  # it asks a proposed problem, or for proposals
 
     def lag(self, t: int) -> int:
         return max(max(0, t - version) for version in self.oldest)
@@ -37,7 +39,7 @@ class Batch(NamedTuple):
     dropped: dict[int, str]
 
 
-def facts_of(group: Group, gamma: float = 1.0) -> Facts:
+def facts_of(group: Group, gamma: float = 1.0, made: bool = False) -> Facts:
     return Facts(
         id=group.ticket,
         kind=group.kind,
@@ -45,17 +47,21 @@ def facts_of(group: Group, gamma: float = 1.0) -> Facts:
         verifier_error=any(rollout.error for rollout in group.rollouts),
         truncated=all(rollout.finish == "length" for rollout in group.rollouts),
         uniform=len({r.correct * gamma**r.turn for r in group.rollouts}) == 1,
+        made=made,
     )
 
 
-def batch(buffer: Sequence[Facts], t: int, config: Mapping[str, Any]) -> Batch | None:
+def batch(
+    buffer: Sequence[Facts], t: int, config: Mapping[str, Any], halted: bool = False
+) -> Batch | None:
     """The batch of step t from what is buffered, in the order in which main and aux groups were
-    admitted and proposers' became ready; None while too little is.
+    admitted and proposers' became ready; None while too little is. `halted`: a halt holds for it.
     """
+    suspect = {facts.id: "suspect_label" for facts in buffer if halted and facts.made}
     wanted = int(config.get("groups_per_step", 0))
     limit = max(1, round(float(config.get("refill_limit", 0)) * wanted))
     mains = [facts for facts in buffer if facts.kind == "main"][:limit]
-    chosen, dropped = _choose(mains, wanted, t, config)
+    chosen, dropped = _choose(mains, wanted, t, config, suspect)
     if len(chosen) < wanted and len(mains) < limit:
         return None
     ids = [facts.id for facts in buffer]
@@ -65,7 +71,7 @@ def batch(buffer: Sequence[Facts], t: int, config: Mapping[str, Any]) -> Batch |
         ("propose", _synthesis(config, "proposers")),
     ):
         beside = [facts for facts in before if facts.kind == kind]
-        extra, gone = _choose(beside, int(most), t, config)
+        extra, gone = _choose(beside, int(most), t, config, suspect)
         chosen, dropped = chosen + extra, dropped | gone
     return Batch(chosen, dropped)
 
@@ -83,7 +89,11 @@ def _synthesis(config: Mapping[str, Any], name: str, otherwise: Any = 0) -> Any:
 
 
 def _choose(
-    groups: Sequence[Facts], wanted: int, t: int, config: Mapping[str, Any]
+    groups: Sequence[Facts],
+    wanted: int,
+    t: int,
+    config: Mapping[str, Any],
+    suspect: Mapping[int, str],
 ) -> tuple[list[int], dict[int, str]]:
     """The first `wanted` usable ones, and why those before the last of them are not."""
     chosen: list[int] = []
@@ -91,7 +101,7 @@ def _choose(
     for facts in groups:
         if len(chosen) == wanted:
             break
-        reason = _unusable(facts, t, config)
+        reason = suspect.get(facts.id) or _unusable(facts, t, config)
         if reason:
             dropped[facts.id] = reason
         else:

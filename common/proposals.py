@@ -26,6 +26,11 @@ NEXT = {
 }
 
 
+def is_made(problem: str) -> bool:
+    """Whether it was proposed, or asks for proposals."""
+    return problem.startswith(f"{PREFIX}/")
+
+
 def name(ticket: int, rollout: int) -> str:
     """The problem that rollout `rollout` of propose ticket `ticket` proposed."""
     return f"{PREFIX}/{ticket}/{rollout}"

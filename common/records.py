@@ -6,7 +6,7 @@ issue     a ticket exists (durable before it is sent)
 admit     a group as it was received, byte for byte (durable before the acknowledgement)
 proposal  a proposed problem moved on: extracted, labelled, scored, active | rejected, expired
 ready     the proposer's rewards are known: its group may be trained on
-halt      nothing is proposed any more, and why
+halt      nothing is proposed any more, why, and from which step on nothing of it is trained on
 step      step t consumed these tickets and dropped those, and made this version
 drop      a ticket ends for a reason that no batch decided (failed, surplus)
 config    from step t on these overrides hold
@@ -81,7 +81,12 @@ class Ready(Record, frozen=True, kw_only=True, tag="ready"):
 
 
 class Halt(Record, frozen=True, kw_only=True, tag="halt"):
+    """From step `t` on no step trains on a group of a proposed problem, nor on a proposer's: the
+    first that had not begun. None: they are trained on.
+    """
+
     reason: str
+    t: int | None = None
 
 
 class Step(Record, frozen=True, kw_only=True, tag="step"):

@@ -47,4 +47,5 @@ class Fold(msgspec.Struct, kw_only=True):
     evaluations: dict[str, Evaluation]
     learner_config: dict[str, Any] | None = None
     finished: str = ""
+    halted: int | None = None
     followers: dict[str, bytes] = {}

@@ -7,19 +7,24 @@ among them; with none, the run is over: the task is solved, or the run is stuck.
 
 Beside them come aux groups and then proposers' groups, so many a step at most, that came in before
 the last of the main ones: a proposer's group comes in when its scores do (its `ready` record). Each
-kind has a lag limit of its own.
+kind has a lag limit of its own. Once the labels of proposed problems were found wrong (`halt`), no
+step that had not begun uses anything that hangs on them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from common.episodes import PLAIN
+from common.proposals import is_made
 from common.wire import Group
 from learner.advantage import informative
 from learner.config import LearnerConfig
 from learner.item import Item
 from learner.ledger import Entry, Ledger
+
+SUSPECT = "suspect_label"
 
 
 class Selection(NamedTuple):
@@ -36,8 +41,12 @@ class Selection(NamedTuple):
 
     @property
     def right(self) -> float:
-        """Share of the refused groups' answers that were graded and are right, 0…1."""
-        answers = [rollout for group in self.refused for rollout in group.rollouts]
+        """Share of the refused groups' answers that were graded and are right, 0…1; what a suspect
+        label says is right is none of them.
+        """
+        pairs = zip(self.refused, self.dropped, strict=True)
+        groups = [group for group, (_, reason) in pairs if reason != SUSPECT]
+        answers = [rollout for group in groups for rollout in group.rollouts]
         right = sum(not answer.error and answer.correct >= 1.0 for answer in answers)
         return right / max(1, len(answers))
 
@@ -53,11 +62,14 @@ def defect(group: Group, config: LearnerConfig, gamma: float = 1.0) -> str:
     return ""
 
 
-def fate(entry: Entry, t: int, config: LearnerConfig) -> str:
+def fate(entry: Entry, t: int, config: LearnerConfig, halted: int | None = None) -> str:
     """Why step t cannot use this admitted group, "" when it can.
 
     Lag is that of its oldest token: trained version (= t) − token version; negative counts as 0.
+    From step `halted` on what was proposed is of no use, nor what proposed it.
     """
+    if halted is not None and t >= halted and is_made(entry.ticket.problem):
+        return SUSPECT
     if entry.verdict is None or entry.verdict[0] is not config:
         gamma = (entry.ticket.episode or PLAIN).gamma
         entry.verdict = config, defect(entry.item.group, config, gamma)
@@ -77,14 +89,15 @@ class Usable:
     def __init__(self, kind: str) -> None:
         self._kind = kind
         self._seen = self._count = 0
-        self._of: tuple[int, LearnerConfig] | None = None  # step, configuration
+        self._of: tuple[int, int | None, LearnerConfig] | None = None  # step, halt, configuration
 
     def count(self, ledger: Ledger, config: LearnerConfig) -> int:
-        """Looks only at those it has not seen, unless the step or the configuration is new."""
-        if self._of is None or self._of[0] != ledger.t or self._of[1] is not config:
-            self._of, self._seen, self._count = (ledger.t, config), 0, 0
+        """Looks only at those it has not seen, unless what the rule goes by is new."""
+        t, halted = ledger.t, ledger.halted
+        if self._of is None or self._of[:2] != (t, halted) or self._of[2] is not config:
+            self._of, self._seen, self._count = (t, halted, config), 0, 0
         new = ledger.buffered(self._kind, self._seen)
-        self._count += sum(not fate(entry, ledger.t, config) for entry in new)
+        self._count += sum(not fate(entry, t, config, halted) for entry in new)
         self._seen += len(new)
         return self._count
 
@@ -98,15 +111,18 @@ def select(ledger: Ledger, config: LearnerConfig, usable: int | None = None) -> 
     admitted = len(ledger.main)
     if (admitted if usable is None else usable) < config.groups_per_step and admitted < limit:
         return None
-    main, dropped, seen = _first_usable(
-        ledger.buffered("main")[:limit], config.groups_per_step, t, config
-    )
+
+    def reason(entry: Entry) -> str:
+        return fate(entry, t, config, ledger.halted)
+
+    mains = ledger.buffered("main")[:limit]
+    main, dropped, seen = _first_usable(mains, config.groups_per_step, reason)
     if len(main) < config.groups_per_step and seen < limit:
         return None
     last = max((entry.order for entry in main), default=-1)
     for kind, most in (("aux", config.n_aux), ("propose", proposers(config))):
         before = [entry for entry in ledger.buffered(kind) if entry.order < last]
-        more, stale, _ = _first_usable(before, most, t, config)
+        more, stale, _ = _first_usable(before, most, reason)
         main, dropped = main + more, dropped + stale
     refused = tuple(ledger.open[id_].item.group for id_, _ in dropped)
     return Selection(t, tuple(entry.item for entry in main), tuple(dropped), refused)
@@ -118,7 +134,7 @@ def proposers(config: LearnerConfig) -> int:
 
 
 def _first_usable(
-    entries: list[Entry], count: int, t: int, config: LearnerConfig
+    entries: list[Entry], count: int, reason_of: Callable[[Entry], str]
 ) -> tuple[list[Entry], list[tuple[int, str]], int]:
     """(the first `count` usable, the unusable before the last of them, how many were looked at)."""
     usable: list[Entry] = []
@@ -126,7 +142,7 @@ def _first_usable(
     for seen, entry in enumerate(entries):
         if len(usable) == count:
             return usable, dropped, seen
-        reason = fate(entry, t, config)
+        reason = reason_of(entry)
         if reason:
             dropped.append((entry.ticket.id, reason))
         else:

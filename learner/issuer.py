@@ -108,6 +108,11 @@ class Issuer:
         if self._synthesis is not None:
             self._synthesis.turn()
 
+    def begin(self, t: int) -> None:
+        """The batch of step `t` is handed over: what follows holds from the next one on."""
+        if self._synthesis is not None:
+            self._synthesis.begun = t
+
     def close(self) -> None:
         if self._synthesis is not None:
             self._synthesis.close()

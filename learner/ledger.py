@@ -1,6 +1,7 @@
 """Every ticket's state, as a fold over the journal: `apply` is the only way it changes.
 
-     issue ──▶ open ──▶ admit ──▶ buffered ──▶ step ──▶ trained | dropped: zero_variance | stale | …
+     issue ──▶ open ──▶ admit ──▶ buffered ──▶ step ──▶ trained | dropped: zero_variance | stale |
+                 │                                                          suspect_label | …
                  └──▶ drop: failed | surplus          (eval: admit ──▶ evaluated, score: ──▶ scored)
                           (propose: admit ──▶ buffered ──▶ ready ──▶ step)
 
@@ -28,6 +29,7 @@ from common.records import (
     ConfigChange,
     Drop,
     Finish,
+    Halt,
     Issue,
     Open,
     Ready,
@@ -85,6 +87,7 @@ class Ledger:
     cursor: int = 0  # next position of the prompt stream
     next_id: int = 0
     finished: str = ""
+    halted: int | None = None  # first step that trains on nothing of the synthesis pool's
     learner_config: dict[str, Any] | None = None  # as the journal last said
     followers: dict[str, Follower] = field(default_factory=dict)
     flying: Counter[str] = field(default_factory=Counter)  # tickets of each kind in flight
@@ -115,6 +118,8 @@ class Ledger:
                 self._leave({id_})
             case Finish(reason=reason):
                 self.finished = reason
+            case Halt(t=t) if t is not None:
+                self.halted = t if self.halted is None else min(t, self.halted)
             case Open(config=config):
                 self.learner_config = self.learner_config or config.get("learner")
                 self.finished = ""
@@ -171,6 +176,7 @@ class Ledger:
             evaluations=self.evaluations,
             learner_config=self.learner_config,
             finished=self.finished,
+            halted=self.halted,
             followers={name: each.dump() for name, each in self.followers.items()},
         )
         return msgspec.msgpack.encode(fold)
@@ -205,6 +211,7 @@ class Ledger:
             cursor=fold.cursor,
             next_id=fold.next_id,
             finished=fold.finished,
+            halted=fold.halted,
             learner_config=fold.learner_config,
             followers=followers,
             _low=fold.low,
