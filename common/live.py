@@ -25,6 +25,10 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 NOTES = 4  # the last ones are shown
 SILENT_S = 4.0  # a learner writes twice a second
 FATES_LAST = ("buffered", "in_flight")
+NUMBERS = (  # of metrics.jsonl
+    *("correct", "reward", "entropy", "length", "lag"),
+    *("learner_idle", "actor_idle", "tokens_per_s"),
+)
 
 
 # -- pieces -----------------------------------------------------------------------------------
@@ -252,6 +256,7 @@ class LiveView:
     def __init__(self, folder: Path, console: Console) -> None:
         self.folder = folder
         self.notes: list[str] = []
+        self._metrics = metrics.Reader(folder, NUMBERS)
         self._console = console
         self._live = Live(console=console, auto_refresh=False, transient=False)
         self._live.start()
@@ -259,7 +264,7 @@ class LiveView:
     def refresh(self) -> None:
         picture = render(
             status.read(self.folder),
-            metrics.read(self.folder),
+            self._metrics.lines(),
             self.notes,
             self._console.width,
             self.folder.name,
@@ -279,6 +284,7 @@ class PlainView:
     def __init__(self, folder: Path, console: Console) -> None:
         self.folder = folder
         self._console = console
+        self._metrics = metrics.Reader(folder, NUMBERS)
         self._shown: set[int] = set()
         self._phase = ""
         self._evaluated: set[str] = set()
@@ -288,7 +294,7 @@ class PlainView:
         now = status.read(self.folder)
         if now is None:
             return
-        for line in metrics.read(self.folder):
+        for line in self._metrics.lines():
             if line["step"] not in self._shown and "reward" in line:
                 self._say(step_line(line, now.steps))
                 self._shown.add(line["step"])

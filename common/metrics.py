@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -180,16 +180,51 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
+class Reader:
+    """As `read`, again and again while the file grows: each look takes what was written since, and
+    keeps of a line the named numbers and the targets only.
+    """
+
+    def __init__(self, folder: Path, names: Collection[str]) -> None:
+        self._path = folder / FILE
+        self._names = frozenset(names) | {"step"}
+        self._forget((0, 0))
+
+    def _forget(self, identity: tuple[int, int]) -> None:
+        self._identity = identity  # device and inode
+        self._at = 0
+        self._lines: dict[int, dict[str, Any]] = {}
+
+    def lines(self) -> list[dict[str, Any]]:
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:
+            return []
+        with file:
+            found = os.fstat(file.fileno())
+            if (found.st_dev, found.st_ino) != self._identity or found.st_size < self._at:
+                self._forget((found.st_dev, found.st_ino))  # a resume cuts what it does again
+            file.seek(self._at)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._at += len(whole + newline)
+        for line in _decoded(whole):
+            kept = {k: v for k, v in line.items() if k in self._names or k.endswith("/target")}
+            self._lines[line["step"]] = kept
+        return [self._lines[step] for step in sorted(self._lines)]
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for raw in path.read_bytes().splitlines() if path.exists() else []:
+    return list(_decoded(path.read_bytes())) if path.exists() else []
+
+
+def _decoded(data: bytes) -> Iterator[dict[str, Any]]:
+    for raw in data.splitlines():
         try:
             line = msgspec.json.decode(raw)
         except msgspec.DecodeError:
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+            yield line
 
 
 def _cut(path: Path, keep_until: int) -> None:

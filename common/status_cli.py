@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -47,14 +49,14 @@ def status(
     from rich.console import Console
     from rich.live import Live
 
-    console = Console()
+    console, look = Console(), _looks(run_folder, redis_url)
     if not watch:
-        console.print(_picture(run_folder, redis_url, console.width)[0])
+        console.print(look(console.width)[0])
         return
-    with Live(console=console, auto_refresh=False) as live:
+    with Live(console=console, auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
         done = False
         while not done:
-            picture, done = _picture(run_folder, redis_url, console.width)
+            picture, done = look(console.width)
             live.update(picture, refresh=True)
             time.sleep(0 if done else WATCH_S)
 
@@ -93,17 +95,22 @@ def _alive(name: str, run_folder: Path | None, redis_url: str | None) -> str:
     return f"{name} lives"
 
 
-def _picture(
-    run_folder: Path | None, redis_url: str | None, width: int
-) -> tuple[RenderableType, bool]:
-    """What to show, and whether it is the last."""
+def _looks(
+    run_folder: Path | None, redis_url: str | None
+) -> Callable[[int], tuple[RenderableType, bool]]:
+    """From a width to what to show, and whether it is the last; again and again."""
     from common import metrics
-    from common.live import render
+    from common.live import NUMBERS, render
 
-    now = _look(run_folder, redis_url)
-    lines = metrics.read(run_folder) if run_folder is not None else []
+    reader = metrics.Reader(run_folder, NUMBERS) if run_folder is not None else None
     title = run_folder.resolve().name if run_folder is not None else ""
-    return render(now, lines, (), width, title), now is not None and now.phase == "done"
+
+    def look(width: int) -> tuple[RenderableType, bool]:
+        now = _look(run_folder, redis_url)
+        lines = reader.lines() if reader is not None else []
+        return render(now, lines, (), width, title), now is not None and now.phase == "done"
+
+    return look
 
 
 def _look(run_folder: Path | None, redis_url: str | None) -> Status | None:

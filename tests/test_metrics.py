@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common import metrics
-from common.metrics import Metrics
+from common.metrics import FILE, Metrics, Reader
 
 
 def steps(folder: Path) -> list[int]:
@@ -75,3 +75,27 @@ def test_tensorboard_shows_the_same_numbers_and_needs_no_torch(tmp_path: Path) -
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_reader_takes_what_was_written_since_and_keeps_what_it_was_asked_for(
+    tmp_path: Path,
+) -> None:
+    reader, path = Reader(tmp_path, ("reward",)), tmp_path / FILE
+    assert reader.lines() == []
+    path.write_bytes(b'{"step":1,"reward":0.5,"lag":{"0":3},"methods/aepo/target":0.2}\n{"step":2')
+    first = {"step": 1, "reward": 0.5, "methods/aepo/target": 0.2}
+    assert reader.lines() == [first]
+    with path.open("ab") as file:
+        file.write(b',"reward":0.6}\n{cut\n{"step":3}\n{"step":2,"reward":0.7}\n')
+    assert reader.lines() == [first, {"step": 2, "reward": 0.7}, {"step": 3}]
+
+
+def test_a_reader_begins_anew_when_a_resume_has_cut_the_file(tmp_path: Path) -> None:
+    reader = Reader(tmp_path, ("reward",))
+    sink = Metrics(tmp_path)
+    for step in (1, 2, 3):
+        sink.write(step, {"reward": 0.1 * step})
+    sink.close()
+    assert [line["step"] for line in reader.lines()] == [1, 2, 3]
+    Metrics(tmp_path, keep_until=1).close()
+    assert [line["step"] for line in reader.lines()] == [1]
