@@ -25,7 +25,7 @@ RUN case "$VARIANT" in \
         cpu | gpu) ;; \
         *) echo "VARIANT=$VARIANT: expected cpu or gpu" >&2; exit 2 ;; \
     esac \
-    && pip install -c constraints.txt ".[data,graders,smollm2,tensorboard]" \
+    && pip install -c constraints.txt ".[data,graders,smollm2,tensorboard,wandb]" \
     && if [ "$VARIANT" = gpu ]; then python -c 'import sys, torch; sys.exit(not torch.version.cuda)'; fi
 
 FROM python:${PYTHON}-slim-bookworm
