@@ -1,17 +1,20 @@
 """Asking somebody outside of the policy about an answer: a user's function in a process of its own,
 or an OpenAI-compatible endpoint. Both have a deadline; who is down, slow, or gives the answer away
-is counted by name, said once in the log, and the episode goes on without.
+is counted by name, said once in the log, and the episode goes on without. Who fails again and again
+is left alone for a while (breaker.py), and then asked again.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from typing import Literal, NamedTuple
 
 import msgspec
 
+from actor.breaker import MOST_S, Breaker
 from actor.endpoint import Endpoint
 from actor.grade.pool import Pool
 from actor.grade.said import Said, read
@@ -54,22 +57,30 @@ class Voices:
         self.counts: Counter[str] = Counter()  # by role and trouble: feedback_slow, judge_down …
         self._pool: Pool | None = None
         self._endpoint: Endpoint | None = None
+        self._breakers: defaultdict[str, Breaker] = defaultdict(Breaker)  # by place
+        self._left_alone: set[str] = set()  # places of which that was said
         self._told: set[str] = set()
 
     async def ask(self, role: Role, voice: Voice, asked: Asked, words: int) -> tuple[Said, str]:
         """What it says, free of the gold answer, and the name of what went wrong with it, if
-        anything did: ROLE_down, _slow, _leak. Without words there is nothing to go on with.
+        anything did: ROLE_down, _slow, _paused, _leak. Without words there is nothing to go on
+        with.
         """
+        breaker, began = self._breakers[voice.place], time.monotonic()
+        if not breaker.allows(began, voice.seconds):
+            return Said(), self._count(role, "paused")
         try:
             said = _writable(await self._say(role, voice, asked, words))
         except DeadlineError as error:
-            return Said(), self._note(role, "slow", str(error))
+            return Said(), self._fails(role, "slow", voice, error, began)
         except DataError as error:
-            return Said(), self._note(role, "down", str(error))
+            return Said(), self._fails(role, "down", voice, error, began)
+        if breaker.worked():
+            log.info("%s: %s answers again", role, voice.place)
         kept, leaked = guard(said.words, asked.grading.gold)
         if leaked:
-            event = self._note(role, "leak", f"{voice.place} gives the gold answer away; masked")
-            return msgspec.structs.replace(said, words=kept), event
+            self._tell(f"{role}: {voice.place} gives the gold answer away; masked")
+            return msgspec.structs.replace(said, words=kept), self._count(role, "leak")
         return said, ""
 
     async def close(self) -> None:
@@ -91,13 +102,29 @@ class Voices:
             raise DataError(f"{voice.place}: {marks.error}")
         return marks.said
 
-    def _note(self, role: Role, trouble: str, line: str) -> str:
+    def _fails(
+        self, role: Role, trouble: str, voice: Voice, error: Exception, began: float
+    ) -> str:
+        self._tell(f"{role}: {error}")
+        paused = self._breakers[voice.place].failed(began, time.monotonic())
+        if paused and voice.place not in self._left_alone:
+            self._left_alone.add(voice.place)
+            log.warning(
+                "%s: %s fails again and again; it is left alone for a while, then asked again, "
+                "every %g s at least",
+                *(role, voice.place, MOST_S),
+            )
+        return self._count(role, trouble)
+
+    def _count(self, role: Role, trouble: str) -> str:
         event = f"{role}_{trouble}"
         self.counts[event] += 1
+        return event
+
+    def _tell(self, line: str) -> None:
         if line not in self._told and len(self._told) < TOLD:
             self._told.add(line)
-            log.warning("%s: %s", role, line)
-        return event
+            log.warning("%s", line)
 
 
 def _writable(said: Said) -> Said:

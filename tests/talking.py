@@ -1,8 +1,13 @@
-"""What tests of episodes share: an engine that says what it is told, a stage, tickets on sums."""
+"""What tests of episodes share: an engine that says what it is told, a stage, tickets on sums, an
+endpoint that answers every request alike.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,3 +92,39 @@ def asks(n: int, episode: Episode | None, grading: Grading = EXACT, **fields: An
 
 
 Make = Callable[..., Stage]
+
+
+@asynccontextmanager
+async def endpoint(
+    body: bytes, status: str | list[str] = "200 OK", pause_s: float = 0.0
+) -> AsyncIterator[Any]:
+    """A real server that answers every request alike, as the one status in a list says if it is
+    one; yields its address and what it heard.
+    """
+    heard: list[bytes] = []
+    over = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+        heard.append(head + await reader.readexactly(length))
+        length_line = f"Content-Length: {len(body)}\r\n\r\n".encode()
+        said = status if isinstance(status, str) else status[0]
+        writer.write(f"HTTP/1.1 {said}\r\n".encode() + length_line)
+        if pause_s:
+            await asyncio.wait([asyncio.ensure_future(over.wait())], timeout=pause_s)
+        writer.write(body)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}/v1", heard
+    finally:
+        over.set()
+        server.close()
+        await server.wait_closed()
+
+
+def completion(words: object) -> bytes:
+    return json.dumps({"choices": [{"message": {"content": words}}]}).encode()
