@@ -53,7 +53,9 @@ class Counter:
         incarnation: int = 1,
         keys: str = "",
         meanwhile: Callable[[], None] = lambda: None,
+        digest: str = DIGEST,
     ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.context: zmq.Context[Any] = zmq.Context()
         socket, self.endpoint = channel.bind_router(
@@ -68,7 +70,7 @@ class Counter:
             socket,
             run_id=RUN,
             incarnation=incarnation,
-            digest=DIGEST,
+            digest=digest,
             vocab_size=32,
             config=config,
             journal=self.journal,

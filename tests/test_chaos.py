@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -19,8 +20,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 from chaos_parts import compose, hosts, vandal
 from chaos_parts.cluster import Cluster, Member
 from chaos_parts.disk import Disk
+from chaos_parts.faults import Faults
 from chaos_parts.hosts import Ground, Loopback
-from chaos_parts.plan import KINDS, plan
+from chaos_parts.plan import KINDS, Fault, plan
+from chaos_parts.stage import Stage
 
 ACTORS = ["actor-0", "actor-1", "actor-2"]
 
@@ -45,9 +48,16 @@ def test_a_fault_lasts_as_its_kind_says_and_strikes_whom_its_kind_names() -> Non
         _, shortest, longest = KINDS[fault.kind]
         assert shortest <= fault.seconds <= longest
         whom = fault.kind.partition(" ")[2]
-        assert fault.target in (ACTORS if whom in ("", "actor", "part") else [whom, *ACTORS]) or (
-            fault.kind in ("cut", "slow", "kill rank") and fault.target in ("learner", "redis")
+        parts = ("", "actor", "grader", "engine", "blob", "stamp", "message", "result")
+        assert fault.target in (ACTORS if whom in parts else [whom, "learner"]) or (
+            fault.kind in ("cut", "slow") and fault.target in ("learner", "redis")
         )
+
+
+def test_an_engine_is_struck_where_it_is_a_process() -> None:
+    struck = [f for f in plan(1, 20, ACTORS, engines=["actor-2"]) if f.kind.endswith("engine")]
+    assert {fault.target for fault in struck} == {"actor-2"}
+    assert {fault.kind for fault in struck} == {"kill engine", "stop engine"}
 
 
 def test_what_cannot_be_done_here_is_not_planned() -> None:
@@ -80,10 +90,22 @@ def test_hosts_reach_one_another_until_a_link_is_cut_and_again_when_it_is_healed
     ground: Ground,
 ) -> None:
     assert _reaches(ground, "a", "b")
+    assert not ground.is_cut("b")
     ground.cut("b")
+    assert ground.is_cut("b")
     assert not _reaches(ground, "a", "b")
     ground.heal("b")
+    assert not ground.is_cut("b")
     assert _reaches(ground, "a", "b")
+
+
+def test_a_link_is_slow_once_something_went_through_its_queue(ground: Ground) -> None:
+    assert not ground.is_slow("b")
+    ground.slow("b")
+    _reaches(ground, "a", "b")
+    assert ground.is_slow("b")
+    ground.heal("b")
+    assert not ground.is_slow("b")
 
 
 def _reaches(ground: Ground, here: str, there: str) -> bool:
@@ -120,7 +142,9 @@ def test_a_disk_that_is_filled_takes_nothing_more_until_it_is_emptied(tmp_path: 
     if not disk.fillable:
         pytest.skip("mounting is not permitted")
     try:
+        assert not disk.is_full()
         disk.fill()
+        assert disk.is_full()
         with pytest.raises(OSError, match="No space") as full:
             (disk.folder / "more").write_bytes(bytes(100_000))
         assert full.value.errno == errno.ENOSPC
@@ -152,6 +176,63 @@ def test_who_ends_by_itself_is_a_violation_and_who_was_killed_is_not(tmp_path: P
     finally:
         cluster.close()
     assert not any(member.up for member in cluster.members.values())
+
+
+PARENT = """
+import subprocess, sys, time
+sleeper = "import time; time.sleep(60)"
+graders = [subprocess.Popen([sys.executable, "-c", sleeper, "actor.grade.worker"])]
+engine = subprocess.Popen([sys.executable, "-c", sleeper])
+print("up", flush=True)
+engine.wait(); time.sleep(60)
+"""
+
+
+def test_a_fault_counts_when_its_effect_was_seen_and_every_kind_is_counted(tmp_path: Path) -> None:
+    """Kills and stops of processes and of what they started, a polite leave; one that missed."""
+    cluster = Cluster(lambda member, words: False)
+    polite = (
+        "import signal, sys; signal.signal(15, lambda *_: sys.exit(0)); print('up', flush=True)\n"
+        "signal.pause()"
+    )
+    for name, words in (("actor", PARENT), ("learner", PARENT), ("redis", polite)):
+        command = [sys.executable, "-c", words]
+        cluster.add(Member(name, lambda life, c=command: c, tmp_path / f"{name}.log"))
+    faults = Faults(cast("Stage", Scene(cluster)), lambda text: None)
+    kinds = ["kill grader", "stop grader", "stop engine", "kill engine", "stop actor", "kill actor"]
+    try:
+        for kind in kinds:
+            _tick(cluster, lambda: len(cluster["actor"].parts("rank")) == 2)
+            faults.strike(Fault(0.0, kind, "actor", 0.05 * kind.startswith("stop"), 1))
+            _tick(cluster, lambda k=kind: _healed(faults, k))
+            if kind == "kill grader":
+                faults.strike(Fault(0.0, "kill grader", "actor", 0.0, 1))
+                assert faults.missed == {"kill grader": 1}, "there is none any more"
+            if kind in ("kill grader", "kill engine"):
+                cluster.kill("actor")
+                _tick(cluster, lambda: not cluster["actor"].up)
+        _tick(cluster, lambda: len(cluster["learner"].parts("rank")) == 2)
+        faults.strike(Fault(0.0, "kill rank", "learner", 0.0, 1))
+        _tick(cluster, lambda: _healed(faults, "kill rank"))
+        _tick(cluster, lambda: "up" in (tmp_path / "redis.log").read_text())
+        faults.strike(Fault(0.0, "leave", "redis", 0.0, 1))
+        _tick(cluster, lambda: _healed(faults, "leave"))
+    finally:
+        cluster.close()
+    assert faults.by_kind == dict.fromkeys([*kinds, "kill rank", "leave"], 1)
+    assert (faults.counts()["kills"], faults.counts()["stops"], faults.unseen) == (4, 3, {})
+
+
+def _healed(faults: Faults, kind: str) -> bool:
+    faults.heal()
+    return bool(faults.by_kind[kind]) and not faults.is_anything_ill
+
+
+class Scene:
+    """What faults need of a stage."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
 
 
 def _tick(cluster: Cluster, holds: object) -> None:

@@ -11,11 +11,16 @@ from typing import cast
 
 import pytest
 
+from common import keys
+from common.config import RunConfig
 from common.metrics import Metrics
 from common.metrics import read as read_metrics
 from common.pull import fetch
+from common.recipe import digest
+from common.records import Admit
 from common.stores import open_store
 from common.versions import Registry
+from tests.counter import Counter
 from tests.test_publish import publish, publisher
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -95,13 +100,32 @@ class Scene:
     """What a vandal needs of a stage: where things lie, and a host to be on."""
 
     store, disk_was_full = "redis", False
-    endpoint, keys = "tcp://127.0.0.1:1", {"actor": "no such file"}
+    endpoint, keys, recipe = "tcp://127.0.0.1:1", {"actor": "no such file"}, "tiny"
 
     def __init__(self, redis_url: str, logs: Path) -> None:
         self.redis_url, self.logs, self.ground = redis_url, logs, self
 
     def enter(self, _host: str, words: list[str]) -> list[str]:
         return ["env", f"PYTHONPATH={Path(__file__).resolve().parents[1]}", *words]
+
+
+def test_the_vandal_says_how_many_of_its_messages_were_refused_and_none_of_its_lies_enters(
+    tmp_path: Path,
+) -> None:
+    """At the learner's own counter, with keys; the recipe's digest is what gets the liar in."""
+    made = keys.make(tmp_path / "keys")
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("[run]\n")
+    digest_of = digest(RunConfig())
+    counter = Counter(tmp_path / "journal", keys=str(made[0]), digest=digest_of)
+    try:
+        counter.desk.announce(0)
+        assert vandal.message(counter.endpoint, 1, str(made[1]), listen_s=0.3) > 10
+        assert vandal.result(counter.endpoint, 1, str(made[1]), str(recipe)) == 2, "turned away"
+        assert not [r for r in counter.records() if isinstance(r, Admit)]
+        assert counter.desk.look(lambda: counter.desk.counts["quarantined"]) == 1
+    finally:
+        counter.close()
 
 
 def test_a_corruption_counts_when_the_vandal_says_that_it_struck(
@@ -113,9 +137,11 @@ def test_a_corruption_counts_when_the_vandal_says_that_it_struck(
     for fault in corrupt:  # no version lies there yet; no keys to be admitted with
         faults.strike(fault)
     faults.heal(everything=True)
-    assert (faults.counts["corruptions"], faults.missed) == (0, 2), notes
+    assert faults.counts()["corruptions"] == 0, notes
+    assert faults.unseen == {"corrupt blob": 1, "corrupt message": 1}
     publish(publisher(registry), 1)
     faults.strike(corrupt[0])
     faults.heal(everything=True)
-    assert (faults.counts["corruptions"], faults.missed) == (1, 2), notes
+    assert faults.counts()["corruptions"] == 1, notes
+    assert faults.by_kind == {"corrupt blob": 1}
     faults.close()

@@ -72,9 +72,16 @@ class Member:
             lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
         return next((line for line in reversed(lines) if line), "it said nothing")
 
-    def parts(self) -> list[int]:
-        """Process ids of what it started itself: an engine, graders."""
-        return _children(self.process.pid) if self.process is not None else []
+    def parts(self, kind: str) -> list[int]:
+        """Process ids of what it started: `rank`, `grader`, or `engine`."""
+        if self.process is None:
+            return []
+        found = _children(self.process.pid)
+        if kind == "rank":
+            return found if len(found) > 1 else []
+        for pid in found:
+            found += _children(pid)
+        return sorted(pid for pid in found if _kind(pid) == kind)
 
 
 def _children(pid: int) -> list[int]:
@@ -82,6 +89,17 @@ def _children(pid: int) -> list[int]:
         return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
+
+
+def _kind(pid: int) -> str:
+    """Of a process that an actor started, by its command line."""
+    try:
+        said = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return ""
+    if b"actor.grade.worker" in said:
+        return "grader"
+    return "engine" if said and b"resource_tracker" not in said else ""  # it has none when dead
 
 
 class Cluster:
@@ -145,20 +163,14 @@ class Cluster:
         for member in self.members.values():
             member.expected = member.expected or "the end"
 
-    def kill_rank(self, name: str, choice: int) -> bool:
-        """One of its processes; the others have to end by themselves, `RANKS_END_S` at most."""
+    def expect_rank(self, name: str) -> bool:
+        """One of its ranks is about to be killed: the others have to end by themselves,
+        `RANKS_END_S` at most."""
         member = self.members[name]
-        if len(member.parts()) < 2 or member.expected:
+        if member.expected:
             return False
         member.expected = "a rank was killed"
         self._ending = (member.lives, time.monotonic() + RANKS_END_S)
-        return self.kill_part(name, choice)
-
-    def kill_part(self, name: str, choice: int) -> bool:
-        parts = self.members[name].parts()
-        if not parts:
-            return False
-        os.kill(sorted(parts)[choice % len(parts)], signal.SIGKILL)
         return True
 
     def close(self) -> None:

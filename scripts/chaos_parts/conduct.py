@@ -76,18 +76,15 @@ class Conductor:
 
     def _act(self) -> None:
         began, seconds = time.monotonic(), 60.0 * self.chosen.minutes
-        left = plan(self.chosen.seed, self.chosen.minutes, self.stage.actors, self._kinds())
+        stage = self.stage
+        left = plan(
+            self.chosen.seed, self.chosen.minutes, stage.actors, stage.possible(KINDS), stage.apart
+        )
         while (now := time.monotonic() - began) < seconds:
             while left and left[0].at <= now:
                 self.faults.strike(left.pop(0))
             self.faults.heal()
             self._tick()
-
-    def _kinds(self) -> list[str]:
-        links = self.stage.ground.cuttable
-        possible = {"cut": links, "slow": links, "fill": self.stage.disk.fillable}
-        possible["kill rank"] = self.chosen.ranks > 1
-        return [kind for kind in KINDS if possible.get(kind, True)]
 
     def _calm(self) -> None:
         first, wanted = self.stage.step(), set(self.stage.actors)
@@ -119,10 +116,13 @@ class Conductor:
         self.note("the cluster has ended; audit, replay and resume")
         numbers, wrong = judge(self.stage, 60.0 * self.chosen.minutes)
         self.violations += [*self.stage.cluster.violations, *wrong]
-        counts = self.faults.counts
+        counts = self.faults.counts()
         return {
             **counts,
             "faults": sum(counts.values()),
+            "by_kind": dict(sorted(self.faults.by_kind.items())),
+            "missed": dict(self.faults.missed),
+            "unseen": dict(self.faults.unseen),
             **numbers,
             "minutes": self.chosen.minutes,
             "seed": self.chosen.seed,

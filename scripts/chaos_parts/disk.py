@@ -38,6 +38,17 @@ class Disk:
                         raise
                     piece //= 2
 
+    def is_full(self) -> bool:
+        """Whether somebody who writes is told so."""
+        probe = self.folder / "probe"
+        try:
+            probe.write_bytes(bytes(16 * SMALLEST))
+        except OSError as error:
+            return error.errno == errno.ENOSPC
+        finally:
+            probe.unlink(missing_ok=True)
+        return False
+
     def empty(self) -> None:
         (self.folder / BALLOON).unlink(missing_ok=True)
 

@@ -38,6 +38,8 @@ class Ground(Protocol):
     def cut(self, host: str) -> None: ...
     def slow(self, host: str) -> None: ...
     def heal(self, host: str) -> None: ...
+    def is_cut(self, host: str) -> bool: ...
+    def is_slow(self, host: str) -> bool: ...
     def close(self) -> None: ...
 
 
@@ -61,6 +63,11 @@ class Loopback:
         raise NotImplementedError("loopback has no links to cut")
 
     slow = heal = cut
+
+    def is_cut(self, host: str) -> bool:
+        return False
+
+    is_slow = is_cut
 
     def close(self) -> None:
         pass
@@ -104,6 +111,16 @@ class Namespaces:
         for side in self._sides(host):
             self._tc("del", side, "")
 
+    def is_cut(self, host: str) -> bool:
+        """As the host itself sees its link."""
+        return "NO-CARRIER" in ip("-n", self._space(host), "link", "show", "eth0")
+
+    def is_slow(self, host: str) -> bool:
+        """Both sides queue, and something went through a queue."""
+        said = [self._queue(side) for side in self._sides(host)]
+        queued = all("netem" in words or "tbf" in words for words in said)
+        return queued and any(" Sent 0 bytes" not in words for words in said)
+
     def close(self) -> None:
         sweep(self.name)
 
@@ -132,6 +149,10 @@ class Namespaces:
 
     def _sides(self, host: str) -> list[tuple[str, str]]:
         return [(self._space("hub"), self._veth(host)), (self._space(host), "eth0")]
+
+    def _queue(self, side: tuple[str, str]) -> str:
+        words = ["tc", "-n", side[0], "-s", "qdisc", "show", "dev", side[1]]
+        return subprocess.run(words, capture_output=True, check=False, text=True).stdout
 
     def _tc(self, verb: str, side: tuple[str, str], discipline: str) -> bool:
         space, device = side

@@ -19,18 +19,23 @@ KINDS = {
     "kill actor": (4, 0, 0),
     "kill learner": (2, 0, 0),
     "kill redis": (2, 0, 0),
-    "kill part": (1, 0, 0),  # a process that an actor started: engine, grader
+    "kill grader": (1, 0, 0),  # an actor's
+    "kill engine": (2, 0, 0),  # a process of vLLM's; others live in their actor's process
     "kill rank": (2, 0, 0),  # of a learner that has several
     "stop actor": (2, 2, 14),
     "stop learner": (1, 2, 8),
     "stop redis": (1, 2, 7),
+    "stop grader": (1, 1, 4),
+    "stop engine": (1, 2, 8),
+    "stop rank": (1, 2, 8),
     "leave": (1, 0, 0),  # an actor says good-bye and comes back under its name
     "cut": (3, 2, 14),
     "slow": (1, 4, 12),
     "fill": (1, 3, 8),
     "corrupt blob": (2, 0, 0),
     "corrupt stamp": (1, 0, 0),
-    "corrupt message": (2, 0, 0),
+    "corrupt message": (2, 0, 0),  # what is none, from somebody with good keys and from strangers
+    "corrupt result": (1, 0, 0),  # results that lie, from somebody with good keys
 }
 
 
@@ -44,9 +49,14 @@ class Fault:
 
 
 def plan(
-    seed: int, minutes: float, actors: Sequence[str], kinds: Sequence[str] = tuple(KINDS)
+    seed: int,
+    minutes: float,
+    actors: Sequence[str],
+    kinds: Sequence[str] = tuple(KINDS),
+    engines: Sequence[str] = (),
 ) -> list[Fault]:
-    """Faults in the order of time, all within the first 90 % of it."""
+    """Faults in the order of time, all within the first 90 % of it. `engines`: the actors whose
+    engine has processes of its own."""
     rng = random.Random(seed)
     last = 60.0 * minutes * (1 - QUIET)
     count = max(LEAST, round(last / GAP_S))
@@ -56,7 +66,7 @@ def plan(
         kind = deck.pop()
         at = (i + rng.random()) * last / count
         _, shortest, longest = KINDS[kind]
-        target = _target(rng, kind, actors)
+        target = _target(rng, kind, (kind.endswith("engine") and engines) or actors)
         faults.append(
             Fault(at, kind, target, rng.uniform(shortest, longest), rng.randrange(1 << 30))
         )
@@ -71,7 +81,7 @@ def _deck(rng: random.Random, kinds: Sequence[str]) -> list[str]:
 
 def _target(rng: random.Random, kind: str, actors: Sequence[str]) -> str:
     actor = rng.choice(actors)
-    if kind == "kill rank":
+    if kind.endswith("rank"):
         return "learner"
     if kind in ("cut", "slow"):
         return rng.choice([actor, actor, "learner", "redis"])

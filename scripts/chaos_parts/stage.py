@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +19,7 @@ from common.redis_server import binary
 from common.status import Status
 from common.status import read as read_status
 
+APART = ("vllm",)  # engines that have processes of their own
 HERE = Path(__file__).resolve().parent
 RECIPE = """\
 [run]
@@ -84,6 +86,8 @@ class Stage:
         self.store = f"file:{work / 'weights'}" if store == "file" else store
         self.disk_was_full = False  # within this life of the learner
         self.keep: Path | None = None
+        engine_of = dict(zip(self.actors, itertools.cycle(self._engines), strict=False))
+        self.apart = [name for name in self.actors if engine_of[name] in APART]
         with ExitStack() as stack:
             self._lay_ground(stack, name, loopback, int(192 + 48 * minutes))
             self._prepare()
@@ -91,20 +95,31 @@ class Stage:
 
     def _lay_ground(self, stack: ExitStack, name: str, loopback: bool, size_mb: int) -> None:
         places = ["learner", "redis", "vandal", *self.actors]
-        self.ground, why = hosts.choose(name, places, wanted=not loopback)
+        self.ground, self._no_links = hosts.choose(name, places, wanted=not loopback)
         stack.callback(self.ground.close)
-        if why:
-            self.left_out.append(f"cut, slow ({why})")
         self.disk = Disk(self.work / "disk", size_mb)
         stack.callback(lambda: self.disk.close(self.keep))
-        if not self.disk.fillable:
-            self.left_out.append("fill (mounting a small disk is not permitted)")
         self.run_folder = self.disk.folder / "run"
         self.cluster = Cluster(self._tolerated)
         stack.callback(self.cluster.close)
 
     def close(self) -> None:
         self._stack.close()
+
+    def possible(self, kinds: Iterable[str]) -> list[str]:
+        """Those of the kinds of faults that can happen here; the others are said in `left_out`."""
+        lacking = {
+            ("cut", "slow"): "" if self.ground.cuttable else self._no_links,
+            ("fill",): "" if self.disk.fillable else "mounting a small disk is not permitted",
+            ("kill rank", "stop rank"): "" if self.ranks > 1 else "one process: --ranks 2",
+            ("kill engine", "stop engine"): ""
+            if self.apart
+            else "those engines live in their actors: --engines scripted,vllm",
+            ("corrupt blob",): "they lie in the learner" if self.store == "learner" else "",
+        }
+        self.left_out = [f"{', '.join(names)} ({why})" for names, why in lacking.items() if why]
+        without = {name for names, why in lacking.items() if why for name in names}
+        return [kind for kind in kinds if kind not in without]
 
     def status(self) -> Status | None:
         return read_status(self.run_folder)
