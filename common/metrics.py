@@ -102,7 +102,7 @@ GLOSSARY: dict[str, str] = {
     "turn_correct": "feedback: share of the episodes solved at turn k or before, by turn from 0",
     "turns": "feedback: episodes by their last turn",
     "hints": "interveners: hinted rollouts, those right, those kept, hint tokens / sampled tokens",
-    "episode_events": "what happened on the way, by name: feedback_slow, feedback_paused, no_room, …",
+    "episode_events": "what happened on the way: feedback_slow, feedback_paused, no_room, …",
     "heldout_turns": "held-out share solved at turn k or before, where evaluations have turns",
     "aux_rollouts": "rollouts of aux tickets in the batch",
     "aux_reward": "their mean reward",
