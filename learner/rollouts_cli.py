@@ -68,8 +68,8 @@ class Filter(NamedTuple):
     type=click.Choice(("surprisal", "entropy", "none")),
     default="surprisal",
     show_default=True,
-    help="surprisal: −log p of each token when it was sampled; entropy: of the policy there, by "
-    "the weights that the run exported (loads the model).",
+    help="surprisal: −log p of each token when it was sampled; entropy: of the policy there, under "
+    "the newest weights of the run (loads the model).",
 )
 @click.option("--html", "page", type=click.Path(path_type=Path, dir_okay=False), help="A page.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line a rollout.")

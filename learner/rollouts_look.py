@@ -6,14 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common import models, recipe
 from common.errors import DataError
 from common.rollouts import Said, pieces
 from common.rollouts_show import Shown, Token, Turn
 from common.runfolder import RunFolder
-from common.wire import Segment
+from common.wire import Rollout, Segment
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -42,7 +40,9 @@ def look(folder: Path, found: Sequence[tuple[Said, float]], colour: str) -> tupl
     """What to show of `found`, and a word on its numbers."""
     decode = decoder(folder)
     if colour == "entropy":
-        values, note = _entropies(folder, [said for said, _ in found])
+        from learner.rollouts_entropy import entropies
+
+        values, note = entropies(folder, model_folder(folder), [said for said, _ in found])
     else:
         values, note = [_surprisals(said) for said, _ in found], ""
     if colour == "none":
@@ -89,10 +89,9 @@ def facts(said: Said, reward: float, decode: Decode) -> dict[str, Any]:
 
 def _shown(said: Said, reward: float, values: Sequence[float | None], decode: Decode) -> Shown:
     ticket, rollout = said.ticket, said.rollout
-    parts = {name: f"{score:g}" for part in rollout.parts for name, score in part.items()}
     told = {
-        "reward": f"{reward:g}",
-        **(parts if len(parts) > 1 else {}),
+        "reward": f"{reward:.4g}",
+        **_parts(rollout),
         "gold": ticket.grading.gold,
         "length": str(rollout.length),
         "finish": rollout.finish,
@@ -111,6 +110,16 @@ def _shown(said: Said, reward: float, values: Sequence[float | None], decode: De
         prompt=decode(ticket.prompt.tolist()),
         turns=_turns(rollout.segments, values, decode),
     )
+
+
+def _parts(rollout: Rollout) -> dict[str, str]:
+    """Parts of the reward by name, turn after turn; none where one is all there is."""
+    told: dict[str, list[str]] = {}
+    for part in rollout.parts:
+        for name, score in part.items():
+            told.setdefault(name, []).append(f"{score:.4g}")
+    alone = len(told) == 1 and len(rollout.parts) == 1
+    return {} if alone else {name: ", ".join(scores) for name, scores in told.items()}
 
 
 def _versions(segments: Sequence[Segment]) -> str:
@@ -144,33 +153,3 @@ def _surprisals(said: Said) -> list[float | None]:
         for segment in said.rollout.segments
         for logp in segment.logps
     ]
-
-
-def _entropies(folder: Path, found: Sequence[Said]) -> tuple[list[list[float | None]], str]:
-    """Entropy at every sampled token under the exported weights, each at the temperature that it
-    was sampled with (nats). Raises DataError when the run has exported none.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    place = folder / "model"
-    if not (place / "config.json").is_file():
-        raise DataError(
-            f"{folder} has no model yet: a run writes it when it ends; take --colour surprisal"
-        )
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, local_files_only=True)
-    values = list[list[float | None]]()
-    for said in found:
-        segments = said.rollout.segments
-        ids = np.concatenate([said.ticket.prompt, *(segment.tokens for segment in segments)])
-        with torch.no_grad():
-            logits = model(torch.from_numpy(ids).long()[None]).logits[0]
-        before = logits[said.ticket.prompt.size - 1 : -1].float()
-        heat = np.concatenate([np.full(s.tokens.size, s.temperature) for s in segments])
-        logps = (before / torch.from_numpy(heat).float()[:, None]).log_softmax(-1)
-        entropy = (-(logps.exp() * logps).sum(-1)).tolist()
-        sampled = [segment.role == "policy" for segment in segments for _ in segment.tokens]
-        values.append([h if own else None for h, own in zip(entropy, sampled, strict=True)])
-    return values, "entropy under the weights that the run exported at its end"

@@ -13,15 +13,19 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
+from safetensors.torch import save_file
 
-from common import models, wire
+from common import models, shards, wire
 from common.codec import Codec
+from common.config import RunConfig
 from common.errors import DataError
 from common.journal import Journal
 from common.records import Admit, AnyRecord, Drop, Issue, Open, Step
 from common.rollouts import pieces, read
 from common.rollouts_show import STRONGEST, Shown, Token, Turn, level, page, text
 from common.runfolder import RunFolder
+from learner import model
+from learner.config import LearnerConfig
 from learner.rollouts_cli import rollouts
 from tests.builders import make_group, make_rollout, make_segment, make_ticket
 
@@ -45,7 +49,16 @@ def records() -> list[AnyRecord]:
     sources = ["sums", "sums", "sums", "sums", "sums", "gym"]
     kinds: list[wire.Kind] = ["main", "main", "main", "eval", "main", "main"]
     issued: list[AnyRecord] = [
-        Issue(ticket=make_ticket(id=i, kind=kind, problem=f"p{i}", source=source, label="before"))
+        Issue(
+            ticket=make_ticket(
+                id=i,
+                kind=kind,
+                problem=f"p{i}",
+                source=source,
+                template=f"t{i % 3}",
+                label="before",
+            )
+        )
         for i, (kind, source) in enumerate(zip(kinds, sources, strict=True))
     ]
     rewards = [(1, 0), (0.5, 0), (1, 1), (1, 0), None, (0, 1)]
@@ -99,6 +112,8 @@ def test_every_admitted_rollout_is_there_once_with_its_fate_step_and_lag(run: Pa
         (("--step", "2"), [1, 1]),
         (("--lag", "1"), [1, 1]),
         (("--source", "gym"), [5, 5]),
+        (("--template", "t1"), [1, 1]),
+        (("--template", "t2", "--source", "gym"), [5, 5]),
         (("--problem", "p2"), [2, 2]),
         (("--min-reward", "0.4", "--max-reward", "0.6"), [1]),
         (("--kind", "main", "--sort", "reward", "--min-reward", "0.5"), [2, 2, 0, 5, 1]),
@@ -134,13 +149,52 @@ def test_entropy_is_that_of_the_weights_the_run_exported(run: Path) -> None:
     asked = ("--problem", "p0", "--colour", "entropy")
     missing = ask(run, *asked)
     assert isinstance(missing.exception, DataError)
-    assert "no model yet" in str(missing.exception)
+    assert "no weights yet" in str(missing.exception)
     shutil.copytree(models.find("tiny"), run / "model")
     try:
         said = ask(run, *asked).output
     finally:
         shutil.rmtree(run / "model")
     assert "under the weights that the run exported" in said
+
+
+def test_while_a_run_goes_on_entropy_is_that_of_its_newest_checkpoint(
+    run: Path, tmp_path: Path
+) -> None:
+    """Of two ranks; with weights of zero every entropy is log V, the strongest colour."""
+    for t, scale in ((2, 1.0), (7, 0.0)):
+        slices(run / "checkpoints" / f"step-{t:08d}", scale)
+    try:
+        done = ask(run, "--html", str(tmp_path / "page.html"), "--colour", "entropy")
+    finally:
+        shutil.rmtree(run / "checkpoints")
+    assert done.exit_code == 0, done.output
+    written = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "entropy under the weights of step 7" in written
+    colours = re.findall(r'<b style="--a:([\d.]+)"', written)
+    assert colours == ["1.00"] * len(colours) != []
+
+
+def slices(folder: Path, scale: float) -> None:
+    """The weights of a checkpoint of two ranks: those of the tiny model, times `scale`."""
+    policy, _ = model.load(RunConfig(), LearnerConfig())
+    weights = {name: scale * p.detach() for name, p in model.trainable(policy).items()}
+    folder.mkdir(parents=True)
+    shapes = {name: tuple(w.shape) for name, w in weights.items()}
+    (folder / shards.INDEX).write_bytes(shards.Index(2, shapes).dump())
+    for rank in (0, 1):
+        parts = {k: w[slice(*shards.lines(len(w), rank, 2))].clone() for k, w in weights.items()}
+        save_file(parts, folder / shards.name(shards.WEIGHTS, rank, 2))
+
+
+def test_parts_of_the_reward_are_shown_turn_by_turn(tmp_path: Path) -> None:
+    segments = (make_segment(), make_segment((8, 9), (0, 0), role="feedback"), make_segment(turn=1))
+    parts = ({"correct": 0.0, "format": 0.5}, {"correct": 1.0, "format": 0.25})
+    rollout = make_rollout(1.0, segments=segments, parts=parts)
+    folder = of_one_group(tmp_path, (rollout,) * 2)
+    said = ask(folder, "--colour", "none").output
+    assert "correct 0, 1" in said
+    assert "format 0.5, 0.25" in said
 
 
 def test_nothing_that_fits_is_said_in_one_line(run: Path) -> None:
@@ -200,18 +254,23 @@ def test_hints_and_feedback_have_no_colour_of_their_own() -> None:
     assert level(STRONGEST) == level(99.0) == 5
 
 
-def test_segments_of_others_are_shown_with_their_role(tmp_path: Path) -> None:
+def of_one_group(tmp_path: Path, rollouts: tuple[wire.Rollout, ...]) -> Path:
     folder = RunFolder.create(tmp_path / "run")
     folder.recipe.write_text('[run]\nmodel = "tiny"\n', encoding="utf-8")
-    segments = (make_segment(), make_segment((8, 9), (0, 0), role="feedback"), make_segment(turn=1))
-    group = make_group(ticket=0, rollouts=(make_rollout(1.0, segments=segments),) * 2)
+    group = make_group(ticket=0, rollouts=rollouts)
     journal = Journal(folder.journal, 1)
     journal.append(Open(run="r", incarnation=1, config={}))
     journal.append(Issue(ticket=make_ticket(id=0)))
     journal.append(Admit(ticket=0, frame=bytes(CODEC.encode(group))))
     journal.commit()
     journal.close()
-    (first, _) = lines(folder.path)
+    return folder.path
+
+
+def test_segments_of_others_are_shown_with_their_role(tmp_path: Path) -> None:
+    segments = (make_segment(), make_segment((8, 9), (0, 0), role="feedback"), make_segment(turn=1))
+    folder = of_one_group(tmp_path, (make_rollout(1.0, segments=segments),) * 2)
+    (first, _) = lines(folder)
     assert [part["role"] for part in first["segments"]] == ["policy", "feedback", "policy"]  # type: ignore[attr-defined]
-    ask(folder.path, "--html", str(tmp_path / "page.html"))
+    ask(folder, "--html", str(tmp_path / "page.html"))
     assert 'class="feedback"' in (tmp_path / "page.html").read_text(encoding="utf-8")
