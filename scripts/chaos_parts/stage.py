@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import secrets
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -133,6 +134,15 @@ class Stage:
         files = self.work.glob("*.acked")
         return {int(line) for file in files for line in file.read_text().split()}
 
+    @property
+    def has_witnesses(self) -> bool:
+        return "scripted" in self._engines
+
+    def secrets(self) -> list[bytes]:
+        """The password, and the secret halves of the keys: what no log and no file may show."""
+        files = [json.loads(Path(path).read_bytes()) for path in self.keys.values()]
+        return [self._password.encode(), *(file["secret"].encode() for file in files)]
+
     # ---- command lines ---------------------------------------------------------------------------
 
     def _prepare(self) -> None:
@@ -141,6 +151,7 @@ class Stage:
         self.logs = self.work / "logs"
         self.logs.mkdir(exist_ok=True)
         self._password, self._redis_port = secrets.token_urlsafe(12), self.ground.port(6379)
+        (self.work / "password").touch(0o600)
         (self.work / "password").write_text(self._password)
         redis = f"{self.ground.address('redis')}:{self._redis_port}"
         self.redis_url = f"redis://{redis}/0?password_file={self.work / 'password'}"

@@ -10,11 +10,13 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from chaos_parts.stage import Stage
 
+from common.errors import JournalError
 from common.journal import read
 from common.records import Admit, Step
 
@@ -24,30 +26,81 @@ ISENTROPE = str(Path(sys.executable).parent / "isentrope")
 def judge(stage: Stage, seconds: float) -> tuple[dict[str, Any], list[str]]:
     """Numbers, and violations. `seconds`: how long the run was; recomputing it may take as much."""
     patience_s = 120.0 + 3 * seconds
-    audit, wrong = _audit(stage.run_folder)
+    numbers, wrong = examine(stage.run_folder, stage.acked())
+    if stage.has_witnesses and not numbers["acknowledged"]:
+        wrong.append("no acknowledgement was seen: nothing is known of what was promised")
+    steps = numbers["steps"]
+    replayed = replay(stage.run_folder, steps, patience_s) if stage.ranks == 1 else {"wrong": []}
+    resumed = _resume(stage, steps, replayed.get("digest", ""), patience_s)
+    wrong += [*replayed["wrong"], *resumed, *told(stage.secrets(), stage.work, stage.run_folder)]
+    return {
+        **numbers,
+        "resumed_bit_equal": not replayed["wrong"] and not resumed,
+        "noticed": noticed(stage.logs),
+    }, wrong
+
+
+def examine(run_folder: Path, acked: set[int]) -> tuple[dict[str, Any], list[str]]:
+    """What the journal says, by the audit and by a reading of our own. `acked`: tickets whose
+    results somebody saw acknowledged."""
+    audit, wrong = _audit(run_folder)
     sums = audit.get("sums", {}).values()
-    steps = int(audit.get("steps", 0))
-    admitted, trained = _journal(stage.run_folder)
-    lost = len(stage.acked() - admitted)
-    duplicates = sum(count - 1 for count in trained.values())
+    try:
+        admitted, trained = _journal(run_folder)
+    except JournalError as error:
+        wrong.append(str(error))
+        admitted, trained = set(), Counter()
+    lost = len(acked - admitted)
     if lost:
         wrong.append(f"{lost} results were acknowledged and are not in the journal")
-    replayed = _replay(stage, steps, patience_s) if stage.ranks == 1 else {"wrong": []}
-    resumed = _resume(stage, steps, replayed.get("digest", ""), patience_s)
-    wrong += [*replayed["wrong"], *resumed]
+    duplicates = sum(count - 1 for count in trained.values())
+    if duplicates:
+        wrong.append(f"{duplicates} groups were trained on twice")
+    if not trained:
+        wrong.append("nothing was trained on")
     gap = sum(_issued(each) - _accounted(each) for each in sums)
+    if gap:
+        wrong.append(f"{gap} tickets have no fate, or two")
     numbers = {
         "issued": sum(each["issued"] for each in sums),
         "trained": sum(each["trained"] for each in sums),
         "dropped": sum(sum(each["dropped"].values()) for each in sums),
-        "steps": steps,
+        "steps": int(audit.get("steps", 0)),
         "incarnations": audit.get("incarnations", 0),
-        "acknowledged": len(stage.acked()),
+        "acknowledged": len(acked),
         "duplicates_trained": duplicates,
         "lost": lost + abs(gap),
-        "resumed_bit_equal": not replayed["wrong"] and not resumed,
     }
     return numbers, wrong
+
+
+def told(secrets: Iterable[bytes], *folders: Path) -> list[str]:
+    """Files that hold a secret and are not the one that is there to hold it: none may."""
+    files = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
+    readers = [path for path in files if path.stat().st_mode & 0o077]
+    held = [(path, path.read_bytes()) for path in readers]
+    return sorted(
+        f"{path} shows a password or a key to others"
+        for path, data in held
+        if any(secret in data for secret in secrets)
+    )
+
+
+NOTICED = {  # what logs say when a fault was felt
+    "messages_refused": b"sent a message that is",
+    "results_refused": b"result of ticket ",
+    "strangers_refused": b"refused a key that is not listed",
+    "versions_refused": b" goes on being served",
+    "connected_afresh": b"connecting afresh",
+    "disk_full": b"no space for",
+    "engines_made_again": b"another engine serves",
+}
+
+
+def noticed(logs: Path) -> dict[str, int]:
+    """Lines of learner and actors that tell of faults."""
+    texts = [path.read_bytes() for path in logs.glob("*.log")]
+    return {name: sum(text.count(words) for text in texts) for name, words in NOTICED.items()}
 
 
 def _audit(folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -69,7 +122,7 @@ def _accounted(kind: dict[str, Any]) -> int:
 
 
 def _journal(folder: Path) -> tuple[set[int], Counter[int]]:
-    """Tickets admitted, and how often each was trained on."""
+    """Tickets admitted, and how often each was trained on. Raises JournalError."""
     admitted, trained = set[int](), Counter[int]()
     for _, record in read(folder / "journal"):
         if isinstance(record, Admit):
@@ -79,9 +132,9 @@ def _journal(folder: Path) -> tuple[set[int], Counter[int]]:
     return admitted, trained
 
 
-def _replay(stage: Stage, steps: int, patience_s: float) -> dict[str, Any]:
+def replay(run_folder: Path, steps: int, patience_s: float) -> dict[str, Any]:
     """Every step again from the first one, without checkpoints."""
-    done = _run([ISENTROPE, "replay", str(stage.run_folder), "--json"], patience_s)
+    done = _run([ISENTROPE, "replay", str(run_folder), "--json"], patience_s)
     if done.returncode:
         return {"wrong": [f"replay failed: {_last(done)}"]}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
