@@ -36,6 +36,12 @@ class Subcommands(click.Group):
                 return _load(entry)
         return None
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Whole sentences, where click's own list cuts them at the end of a line."""
+        commands = [_load(entry) for entry in sorted(_entries(), key=lambda entry: entry.name)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(str(c.name), c.get_short_help_str(limit=200)) for c in commands])
+
 
 @functools.cache  # a look at every installed distribution, and the help asks once a command
 def _entries() -> tuple[EntryPoint, ...]:

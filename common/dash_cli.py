@@ -13,7 +13,7 @@ from common.errors import ConfigError
 
 
 @click.command()
-@click.argument("run_folder", required=False, metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run_folder", required=False, metavar="[RUN]", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",

@@ -18,9 +18,23 @@ from common.options import existing_run, json_option, overrides_option, run_fold
 
 @click.command("eval")
 @run_folder_argument
-@click.option("--problems", type=click.IntRange(1), default=512, show_default=True)
-@click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="A problem.")
-@click.option("--temperature", type=click.FloatRange(0, min_open=True), default=1.0)
+@click.option(
+    "--problems",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Held-out problems; all where there are fewer.",
+)
+@click.option(
+    "--samples", type=click.IntRange(1), default=1, show_default=True, help="Answers a problem."
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Of the sampling.",
+)
 @json_option
 @overrides_option
 def evaluate(

@@ -84,6 +84,8 @@ def locate(recipe: str) -> Path:
     for path in (Path(recipe).expanduser(), SHIPPED / f"{recipe}.toml"):
         if path.is_file():
             return path
+    if recipe.endswith(".toml") or "/" in recipe:
+        raise ConfigError(f"no recipe {recipe!r}: there is no such file")
     near = _nearest(recipe, names())
     raise ConfigError(
         f"no recipe {recipe!r}{near}; give a TOML file, or one of: {', '.join(names())}"

@@ -104,6 +104,11 @@ def prepare(
 
     if recipe is None and resume is None:
         raise click.UsageError("give a RECIPE, or --resume RUN")
+    if recipe is not None and resume is not None:
+        raise click.UsageError(
+            f"RECIPE and --resume exclude each other: a run keeps its own, {resume}/recipe.toml; "
+            "change it by -s"
+        )
     if resume is not None and out is not None:
         raise click.UsageError("--out and --resume exclude each other: a run stays in its folder")
     source = str(existing_run(resume) / "recipe.toml") if resume else str(recipe)

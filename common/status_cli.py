@@ -23,7 +23,7 @@ ALIVE_S = 600.0  # a learner says something after every step, and while it waits
 
 
 @click.command()
-@click.argument("run_folder", required=False, metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run_folder", required=False, metavar="[RUN]", type=click.Path(path_type=Path))
 @click.option("--redis", "redis_url", metavar="URL", help="Ask this Redis instead of a run folder.")
 @click.option("--watch", is_flag=True, help="Once a second, until Ctrl-C or the end of the run.")
 @click.option("--json", "as_json", is_flag=True, help="The status as one JSON line.")

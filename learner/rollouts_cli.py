@@ -52,7 +52,14 @@ class Filter(NamedTuple):
 
 @click.command()
 @run_folder_argument
-@click.option("-n", "count", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option(
+    "-n",
+    "count",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Rollouts at most.",
+)
 @click.option("--kind", default="", help="main, aux, eval, propose or score.")
 @click.option("--fate", default="", help="trained, evaluated, buffered, or a reason for dropping.")
 @click.option("--step", type=int, help="Those that this step trained on or dropped.")
@@ -60,8 +67,8 @@ class Filter(NamedTuple):
 @click.option("--source", default="", help="The name of the source of the problem.")
 @click.option("--template", default="", help="The name of the prompt's template.")
 @click.option("--problem", default="", help="The id of the problem.")
-@click.option("--min-reward", "least", type=float)
-@click.option("--max-reward", "most", type=float)
+@click.option("--min-reward", "least", type=float, help="That much or more.")
+@click.option("--max-reward", "most", type=float, help="That much or less.")
 @click.option("--sort", type=click.Choice(SORTS), default="newest", show_default=True)
 @click.option(
     "--colour",
@@ -71,7 +78,9 @@ class Filter(NamedTuple):
     help="surprisal: −log p of each token when it was sampled; entropy: of the policy there, under "
     "the newest weights of the run (loads the model).",
 )
-@click.option("--html", "page", type=click.Path(path_type=Path, dir_okay=False), help="A page.")
+@click.option(
+    "--html", "page", type=click.Path(path_type=Path, dir_okay=False), help="Write a page."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON line a rollout.")
 def rollouts(
     run_folder: Path,

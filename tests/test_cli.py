@@ -105,6 +105,18 @@ def test_an_unknown_recipe_is_one_line_and_exit_code_2() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_recipe_file_that_is_not_there_is_said_to_be() -> None:
+    done = isentrope("run", "mine/recipe.toml")
+    assert done.returncode == 2
+    assert done.stderr == "isentrope: no recipe 'mine/recipe.toml': there is no such file\n"
+
+
+def test_the_help_says_of_every_command_a_whole_sentence() -> None:
+    said = " ".join(isentrope("--help").stdout.partition("Commands:")[2].split())
+    assert "..." not in said
+    assert "Generate and grade rollouts for a learner, until it or SIGTERM says stop." in said
+
+
 def test_a_missing_model_folder_is_one_line_that_names_what_there_is() -> None:
     done = isentrope("run", "tiny", "-s", "run.model=/nowhere")
     assert done.returncode == 2

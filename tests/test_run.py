@@ -114,6 +114,12 @@ def test_neither_a_recipe_nor_a_run_to_resume_is_a_usage_error() -> None:
     assert "give a RECIPE, or --resume RUN" in done.stderr
 
 
+def test_a_recipe_beside_a_run_to_resume_is_refused_not_ignored(tmp_path: Path) -> None:
+    done = run("tiny", "--resume", str(tmp_path))
+    assert done.returncode == 2
+    assert "RECIPE and --resume exclude each other" in done.stderr
+
+
 def _until(stream: IO[str] | None, beginning: str) -> None:
     """Read lines until one begins so; the test's own deadline ends a wait in vain."""
     assert stream is not None
