@@ -135,9 +135,20 @@ def test_a_second_opinion_that_writes_the_same_otherwise_is_no_other() -> None:
         ("1e2", "100"),
         ("x + 1", " x  + 1"),
         ("a", "a"),
+        ("1/2", "0.50"),
+        ("-6/4", "-3/2"),
+        ("1,000", "1e3"),
+        ("1e99999999", "1E+99999999"),
     ):
         assert label.same(one, two)
-    for one, two in (("42", "42.1"), ("4 2", "42"), ("nan", "inf"), ("yes", "no"), ("42", "x")):
+    for one, two in (
+        ("42", "42.1"),
+        ("4 2", "42"),
+        ("nan", "inf"),
+        ("yes", "no"),
+        ("42", "x"),
+        ("1/0", "0"),
+    ):
         assert not label.same(one, two)
 
 
@@ -179,7 +190,7 @@ def test_a_labeller_that_fails_or_cannot_tell_gives_no_label() -> None:
     labeller.ask("b", "odd")
     heard = {opinion.id: opinion for opinion in hear(labeller, 2)}
     assert (heard["a"].gold, heard["b"].gold) == ("", "")
-    assert "ValueError: no idea" in heard["a"].why
+    assert heard["a"].why == "verifier_error: the labeller failed: ValueError: no idea"
     assert "cannot tell" in heard["b"].why
     labeller.close()
 
@@ -192,7 +203,7 @@ def test_a_labeller_that_hangs_costs_its_own_labels_and_is_given_up() -> None:
     assert [opinion.id for opinion in heard] == ["0", "1", "2", "3", "4"]
     assert not any(opinion.gold for opinion in heard)
     labeller.ask("5", "p")
-    assert labeller.hear()[0].why == "the labeller hangs"
+    assert labeller.hear()[0].why == "verifier_error: the labeller hangs"
     NEVER.set()
 
 

@@ -24,7 +24,8 @@ Part = Annotated[float, msgspec.Meta(ge=0, le=1)]
 class SynthesisConfig(Section, frozen=True, kw_only=True):
     """Without this table there is no synthesis. Lengths of queues and of lives bound its memory."""
 
-    # what the policy is asked, and what of its answer is the problem; regexes see 8,192 characters
+    # what the policy is asked, and what of its answer is the problem; a regex has 8,192 characters
+    # and 0.1 s; what takes it longer is not judged
     prompt: str = PROMPT  # {problem}, {response}: a parent and a right response to it; {stem}
     stem: str = ""  # regex: its first group in the parent's text is {stem}
     extract: str = r"```(?:[a-z]*\n)?(.+?)```"  # regex: its first group in the response …
@@ -109,11 +110,10 @@ class SynthesisConfig(Section, frozen=True, kw_only=True):
         )
 
     def _check_regex(self, name: str) -> None:
+        from common import patterns  # its library is not for every command
+
         pattern = getattr(self, name)
-        try:
-            groups = re.compile(pattern).groups
-        except re.error as error:
-            need(False, f"{name}: no regular expression ({error})")
+        groups = patterns.groups(name, pattern)
         need(not pattern or groups >= 1, f"{name}: needs a group, (…), around what it finds")
 
     def _check_fields(self, name: str, known: set[str]) -> None:

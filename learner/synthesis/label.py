@@ -18,14 +18,20 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 from typing import NamedTuple
 
 from common.errors import ConfigError
 from learner.prompts.arithmetic import split_of
 
 DEADLINE_S = 20.0  # for one label
+FAULT = "verifier_error"  # a reason that begins so says nothing of what was to be judged
 MOST_HUNG = 3  # functions that never came back; then it is not asked any more
+HANGS = f"{FAULT}: the labeller hangs"
 
+_FAR = 100  # digits
+_RATIO = re.compile(r"[+-]?\d{1,30}/[1-9]\d{0,29}")
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _SUM = re.compile(r"[0-9]{1,12}(?:\+[0-9]{1,12})+\?")
 Label = Callable[[str], str | None]
 
@@ -74,7 +80,9 @@ def majority(answers: Sequence[str | None]) -> tuple[str, float]:
 
 
 def same(label: str, other: str) -> bool:
-    """Whether two labels say the same: as numbers where both are, else word by word."""
+    """Whether two labels say the same: as numbers where both are, 1/2 and 1,000 too, else word by
+    word.
+    """
     one, two = _number(label), _number(other)
     if one is not None and two is not None:
         return one == two
@@ -117,7 +125,7 @@ class Labeller:
         if self._inline:
             self._done.append(_opinion(self._label, id_, problem))
         elif self._hung >= MOST_HUNG:
-            self._done.append(Opinion(id_, "", "the labeller hangs"))
+            self._done.append(Opinion(id_, "", HANGS))
         else:
             self._waiting.append((id_, problem))
             self._next()
@@ -140,7 +148,9 @@ class Labeller:
         except queue.Empty:
             if time.monotonic() - self._now[1] < self._deadline_s:
                 return
-            self._done.append(Opinion(self._now[0], "", f"no label in {self._deadline_s:g} s"))
+            self._done.append(
+                Opinion(self._now[0], "", f"{FAULT}: no label in {self._deadline_s:g} s")
+            )
             self._abandon()
         self._now = None
         self._next()
@@ -150,7 +160,7 @@ class Labeller:
         self._hung += 1
         self._questions, self._answers = None, queue.SimpleQueue()
         if self._hung >= MOST_HUNG:
-            self._done.extend(Opinion(i, "", "the labeller hangs") for i, _ in self._waiting)
+            self._done.extend(Opinion(i, "", HANGS) for i, _ in self._waiting)
             self._waiting.clear()
 
     def _next(self) -> None:
@@ -178,18 +188,26 @@ def _opinion(label: Label, id_: str, problem: str) -> Opinion:
     try:
         gold = label(problem)
     except Exception as error:  # noqa: BLE001  a labeller of the user's may raise anything
-        return Opinion(id_, "", f"the labeller failed: {type(error).__name__}: {error}")
+        why = f"{FAULT}: the labeller failed: {type(error).__name__}: {error}"
+        return Opinion(id_, "", " ".join(why.split())[:300])
     if gold is None or not isinstance(gold, str) or not gold.strip():
         return Opinion(id_, "", "the labeller cannot tell")
     return Opinion(id_, gold)
 
 
-def _number(label: str) -> Decimal | None:
+def _number(label: str) -> Fraction | Decimal | None:
+    """A fraction where its digits are few; what is far from 1 stays as it is written."""
+    bare = label.strip()
+    bare = bare.replace(",", "") if _THOUSANDS.fullmatch(bare) else bare
+    if _RATIO.fullmatch(bare):
+        return Fraction(bare)
     try:
-        found = Decimal(label.strip())
+        found = Decimal(bare)
     except InvalidOperation:
         return None
-    return found if found.is_finite() else None
+    if not found.is_finite():
+        return None
+    return Fraction(found) if abs(found.adjusted()) < _FAR else found
 
 
 def _summands(problem: str) -> tuple[int, ...]:
