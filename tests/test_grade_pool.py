@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from actor.grade.pool import Pool, Verdict
+from actor.grade.pool import SHORT, Pool, Verdict
 from common.wire import GradePart, Grading
 
 GRADERS = """
@@ -47,6 +49,30 @@ def chatty(completions, **columns):
 
 def pid(completions, **columns):
     return [float(os.getpid())] * len(completions)
+
+def quits(completions, **columns):
+    sys.exit("never mind")
+
+def array(completions, completion_ids=None, **columns):
+    import numpy as np
+    return np.arange(len(completions)) / 2
+
+def backtracks(completions, **columns):
+    import re
+    return [float(bool(re.search("(a+)+$", text))) for text in completions]
+
+def parent(completions, **columns):
+    import subprocess
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    open(completions[0], "w").write(f"{os.getpid()} {child.pid}")
+    time.sleep(1_000)
+"""
+
+BROKEN = """
+import pathlib
+log = pathlib.Path(__file__).with_suffix(".log")
+log.write_text(log.read_text() + "x" if log.exists() else "x")
+raise ImportError("no such library")
 """
 
 
@@ -54,6 +80,7 @@ def pid(completions, **columns):
 def _graders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A module of graders that worker processes can import, as a user's would be."""
     (tmp_path / "our_graders.py").write_text(GRADERS)
+    (tmp_path / "broken_graders.py").write_text(BROKEN)
     paths = [str(tmp_path), str(Path(__file__).parent.parent)]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     yield
@@ -78,6 +105,14 @@ async def test_exact_is_graded_without_a_process(pool: Pool) -> None:
     verdicts = await pool.grade("1+2?", ["1+2=3#3", "#4"], grading)
     assert verdicts == [Verdict({"correct": 1.0}), Verdict({"correct": 0.0})]
     assert all(worker._process is None for worker in pool._workers)
+
+
+async def test_texts_that_would_hold_the_event_loop_go_to_a_process(pool: Pool) -> None:
+    part = GradePart(name="correct", grader="numeric")
+    texts = ["{" * (2 * SHORT) + " 3", "4"]
+    verdicts = await pool.grade("1+2?", texts, Grading(gold="3", parts=(part,)))
+    assert verdicts == [Verdict({"correct": 1.0}), Verdict({"correct": 0.0})]
+    assert pool._workers[0]._process is not None
 
 
 async def test_a_users_function_is_called_with_trl_s_signature(pool: Pool) -> None:
@@ -107,6 +142,87 @@ async def test_one_poisonous_text_costs_its_own_verdict_and_the_next_group_is_gr
     assert verdicts[1].parts == {}
     assert "\n" not in verdicts[1].error
     assert await pool.grade("?", ["good"], _grading("poisoned")) == [Verdict({"poisoned": 1.0})]
+
+
+async def test_a_grader_that_quits_costs_verdicts_and_nothing_else(pool: Pool) -> None:
+    (verdict,) = await pool.grade("?", ["a"], _grading("quits"))
+    assert verdict.error == "verifier_error: quits: SystemExit: never mind"
+    assert await pool.grade("?", ["abc"], _grading("length")) == [Verdict({"length": 3.0})]
+
+
+async def test_an_array_of_scores_is_as_good_as_a_list(pool: Pool) -> None:
+    assert await pool.grade("?", ["a", "b"], _grading("array")) == [
+        Verdict({"array": 0.0}),
+        Verdict({"array": 0.5}),
+    ]
+
+
+async def test_a_column_may_be_called_as_an_argument_is(pool: Pool) -> None:
+    grading = _grading("length", completions=["theirs"])
+    assert await pool.grade("?", ["abc"], grading) == [Verdict({"length": 3.0})]
+
+
+async def test_a_grader_that_cannot_be_loaded_is_tried_once_a_group_not_once_a_text(
+    pool: Pool, tmp_path: Path
+) -> None:
+    grading = Grading(parts=(GradePart(name="x", grader="python:broken_graders:f"),))
+    verdicts = await pool.grade("?", ["a", "b", "c", "d"], grading)
+    assert ["no such library" in verdict.error for verdict in verdicts] == [True] * 4
+    assert (tmp_path / "broken_graders.log").read_text() == "x"
+
+
+async def test_a_process_that_died_while_it_was_idle_costs_nobodys_verdict(pool: Pool) -> None:
+    (verdict,) = await pool.grade("?", ["x"], _grading("pid"))
+    process = pool._workers[0]._process
+    assert process is not None
+    os.kill(int(verdict.parts["pid"]), signal.SIGKILL)
+    await process.wait()
+    assert await pool.grade("?", ["abc"], _grading("length")) == [Verdict({"length": 3.0})]
+
+
+async def test_what_a_grader_started_goes_with_its_process(tmp_path: Path) -> None:
+    pool, place = Pool(workers=1, timeout_s=0.5), tmp_path / "pids"
+    await pool.grade("?", [str(place)], _grading("parent"))
+    await pool.close()
+    assert not [pid for pid in place.read_text().split() if is_running(int(pid))]
+
+
+def is_running(pid: int) -> bool:
+    """Not gone, nor a zombie that its new parent has not looked after yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+ASKER = """
+import asyncio, sys
+from actor.grade.pool import Pool
+from common.wire import GradePart, Grading
+
+async def main():
+    pool = Pool(workers=1, timeout_s=1000.0)
+    part = GradePart(name="x", grader="python:our_graders:backtracks")
+    task = asyncio.create_task(pool.grade("?", ["a"], Grading(parts=(part,))))
+    await task
+    print(pool._workers[0]._process.pid, flush=True)
+    await pool.grade("?", ["a" * 60 + "b"], Grading(parts=(part,)))
+
+asyncio.run(main())
+"""
+
+
+def test_a_grader_that_never_lets_go_of_the_interpreter_ends_with_its_asker() -> None:
+    """Python's `re` holds the interpreter's lock while it backtracks: no thread hears the end of
+    the input."""
+    asker = subprocess.Popen([sys.executable, "-c", ASKER], stdout=subprocess.PIPE, text=True)
+    assert asker.stdout is not None
+    with asker, asker.stdout:
+        pid = int(asker.stdout.readline())
+        ended = os.pidfd_open(pid)
+        asker.kill()
+    assert select.select([ended], [], [], 20.0)[0] == [ended]
+    os.close(ended)
 
 
 async def test_a_process_that_missed_its_deadline_is_gone(pool: Pool) -> None:

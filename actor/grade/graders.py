@@ -70,7 +70,10 @@ def call(
         return _graded(name, texts, gold, columns, options)
     repeated = {key: [value] * len(texts) for key, value in columns.items()}
     given = {"prompts": [prompt] * len(texts), "gold": [gold] * len(texts), **repeated, **options}
-    scores = resolve(name)(completions=list(texts), **given)
+    given["completions"] = list(texts)  # whatever a column is called
+    scores = resolve(name)(**given)
+    if hasattr(scores, "tolist"):
+        scores = scores.tolist()  # an array
     if not isinstance(scores, list | tuple) or len(scores) != len(texts):
         raise DataError(f"{name} must return a list of {len(texts)} scores, not {scores!r:.80}")
     return [None if score is None else float(score) for score in scores]

@@ -6,8 +6,9 @@ pickle), so killing one by its id harms no other; a `concurrent.futures` pool is
 when one of its processes dies.
 
 All rollouts of a group are one question. If that fails they are asked again one by one, so that a
-single poisonous text does not take its siblings' verdicts with it. `exact`, `format` and `numeric`
-are pure and ours and take microseconds: they are called in place, a hop to a process would cost the
+single poisonous text does not take its siblings' verdicts with it; not where the grader itself
+cannot be loaded, which may take a minute each time. `exact`, `format` and `numeric` are pure and
+ours and take microseconds: short texts they judge in place, where a hop to a process would cost the
 event loop more than the grading.
 """
 
@@ -16,6 +17,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import signal
 import sys
 import zlib
 from collections.abc import AsyncIterator, Sequence
@@ -31,7 +34,9 @@ from common.wire import GradePart, Grading
 log = logging.getLogger(__name__)
 
 IN_PLACE = frozenset({"exact", "format", "numeric"})
+SHORT = 1 << 15  # letters of all texts: below it the worst of them take 10 ms
 TOLD = 64  # different complaints of graders that are logged, each once
+ENDS = (DeadlineError, EOFError, OSError)  # of a grading process
 LOAD_S = 60.0  # to start a process and import a grader; not part of the deadline of grading
 
 
@@ -93,8 +98,8 @@ class Pool:
         marks = await self._ask(question, self.timeout_s)
         if not marks.error:
             return list(marks.scores)
-        if len(texts) == 1:
-            return [marks.error]
+        if len(texts) == 1 or not marks.loaded:
+            return [marks.error] * len(texts)
         share_s = self.timeout_s / len(texts)
         alone = [msgspec.structs.replace(question, texts=[text]) for text in texts]
         several = [await self._ask(one, share_s) for one in alone]
@@ -104,17 +109,27 @@ class Pool:
         self, question: Question, within_s: float, patience_s: float | None = None
     ) -> Marks:
         """Raises TimeoutError when no process was free for `patience_s`."""
-        if question.grader in IN_PLACE:
+        if question.grader in IN_PLACE and sum(map(len, question.texts)) <= SHORT:
             return answer(question)
         async with self._worker(question, patience_s) as worker:
             try:
-                await worker.load(question)
+                wrong = await worker.load(question)
+            except ENDS as error:
+                return self._replaced(worker, question, error, loaded=False)
+            if wrong:
+                return Marks(error=wrong, loaded=False)
+            try:
                 return await worker.ask(question, within_s)
-            except (DeadlineError, EOFError, OSError) as error:
-                self.killed += isinstance(error, DeadlineError)
-                worker.kill()
-                log.warning("grader %s: %s; its process is replaced", question.grader, error)
-                return Marks(error=str(error))
+            except ENDS as error:
+                return self._replaced(worker, question, error)
+
+    def _replaced(
+        self, worker: Worker, question: Question, error: Exception, loaded: bool = True
+    ) -> Marks:
+        self.killed += isinstance(error, DeadlineError)
+        worker.kill()
+        log.warning("grader %s: %s; its process is replaced", question.grader, error)
+        return Marks(error=str(error), loaded=loaded)
 
     @contextlib.asynccontextmanager
     async def _worker(self, question: Question, patience_s: float | None) -> AsyncIterator[Worker]:
@@ -145,11 +160,18 @@ class Worker:
         self._loaded: set[str] = set()
         self._decode = msgspec.msgpack.Decoder(Marks).decode
 
-    async def load(self, question: Question) -> None:
-        """Import the grader, once a process: that may take long and is not the text's fault."""
+    async def load(self, question: Question) -> str:
+        """Import the grader, once a process: that may take long and is not the text's fault. Says
+        why there is none, "" when there is. Raises like `ask`.
+        """
+        if self._process is not None and self._process.returncode is not None:
+            self.kill()  # it died while nobody asked it anything
         if question.grader not in self._loaded:
-            await self.ask(msgspec.structs.replace(question, texts=[]), LOAD_S)
+            marks = await self.ask(msgspec.structs.replace(question, texts=[]), LOAD_S)
+            if marks.error:
+                return marks.error
             self._loaded.add(question.grader)
+        return ""
 
     async def ask(self, question: Question, within_s: float) -> Marks:
         """Raises DeadlineError, EOFError / ConnectionError when the process died over it, or the
@@ -173,7 +195,7 @@ class Worker:
     def kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+                os.killpg(self._process.pid, signal.SIGKILL)  # what it started goes with it
         if self._process is not None:
             still = [process for process in self._killed if process.returncode is None]
             self._killed = [*still, self._process]
@@ -191,7 +213,9 @@ class Worker:
         pipe = asyncio.subprocess.PIPE
         command = (sys.executable, "-m", "actor.grade.worker")
         starting = asyncio.ensure_future(
-            asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
+            asyncio.create_subprocess_exec(
+                *command, stdin=pipe, stdout=pipe, start_new_session=True
+            )
         )
         try:
             self._process = await asyncio.shield(starting)

@@ -3,7 +3,8 @@ behind a u32 length.
 
 A process of its own, not a thread, because graders run code that may hang or crash: whoever asks
 can kill it. What a grader prints goes to standard error, so that it cannot damage an answer. When
-the asker is gone the input ends and the process exits at once, even from within a grader.
+the asker is gone the input ends and the process exits at once, even from within a grader, and with
+it what the grader had started.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import msgspec
 
 from actor.grade import graders
 from actor.grade.said import Said, say
+from common.process import die_with_parent
 
 LENGTH = struct.Struct("<I")
 
@@ -44,6 +46,7 @@ class Marks(msgspec.Struct, frozen=True, kw_only=True):
     scores: list[float | None] = []
     said: Said = Said()
     error: str = ""
+    loaded: bool = True  # False: there is no such grader, whatever the text
 
 
 def answer(question: Question) -> Marks:
@@ -56,12 +59,13 @@ def answer(question: Question) -> Marks:
         if q.wants == "words":
             return Marks(said=say(q.grader, q.prompt, q.texts[0], q.gold, q.columns))
         return Marks(scores=graders.call(q.grader, q.prompt, q.texts, q.gold, q.columns, q.options))
-    except Exception as error:  # noqa: BLE001  a stranger's code may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001  a stranger's code may raise anything
         return Marks(error=f"{type(error).__name__}: {error}".replace("\n", " ")[:300])
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the asker
+    die_with_parent()  # a grader that never lets go of the interpreter hears of no end of input
     questions, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     asked: queue.SimpleQueue[bytes] = queue.SimpleQueue()
@@ -76,6 +80,8 @@ def main() -> None:
 def _listen(stream: BinaryIO, asked: queue.SimpleQueue[bytes]) -> None:
     while len(head := stream.read(LENGTH.size)) == LENGTH.size:
         asked.put(stream.read(LENGTH.unpack(head)[0]))
+    if os.getsid(0) == os.getpid():
+        os.killpg(0, signal.SIGKILL)  # with whatever graders started
     os._exit(0)
 
 
