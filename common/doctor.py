@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import click
 
@@ -21,6 +21,8 @@ from common.options import overrides_option
 Verdict = Literal["ok", "warn", "fail"]
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 GIB = 1 << 30
+LONGEST_S = 600.0  # to read a file of many millions of rows
+MOST_LINES = 10  # of warnings about data
 
 
 class Finding(NamedTuple):
@@ -177,6 +179,8 @@ def of_recipe(recipe: str, overrides: tuple[str, ...]) -> Iterator[Finding]:
     assert isinstance(run, RunConfig)
     yield Finding("ok", "recipe", recipe)
     yield _attempt("model", lambda: _model(run.model))
+    yield from _problems(recipe, overrides)
+    yield from _graders(sections["learner"])
     if getattr(sections["actor"], "engine", "") == "vllm" and (wrong := vllm_version.wrong()):
         yield Finding("fail", "engine", wrong)
     given = read(recipe, overrides).get("run", {})
@@ -186,6 +190,46 @@ def of_recipe(recipe: str, overrides: tuple[str, ...]) -> Iterator[Finding]:
         yield _attempt("registry", lambda: _ping(run.redis))
         if open_ := _unguarded(run.redis):
             yield Finding("warn", "registry", open_)
+
+
+def _problems(recipe: str, overrides: tuple[str, ...]) -> Iterator[Finding]:
+    """Its sources, and what is left out of them: a file is read once, as a run reads it."""
+    asked = [word for override in overrides for word in ("-s", override)]
+    done, said, told = _ask("-m", "learner.prompts.look", recipe, *asked)
+    for line in told[: -1 if done else None][:MOST_LINES]:
+        yield Finding("warn", "data", line)
+    if done:
+        yield Finding("fail", "data", told[-1].removeprefix("prompts: "))
+    for line in said:
+        yield Finding("ok", "data", line)
+
+
+def _graders(learner: Any) -> Iterator[Finding]:
+    """Whether each can be loaded, as an actor would."""
+    names: dict[str, None] = {}
+    for prompts in learner.prompts.each():
+        names |= dict.fromkeys([part.grader for part in prompts.parts] or [prompts.grader])
+    for name in names:
+        code = f"from actor.grade.graders import resolve; resolve({name!r})"
+        done, _, told = _ask("-c", code)
+        if done:
+            yield Finding("fail", "grader", told[-1].partition("Error: ")[2] or told[-1])
+        else:
+            yield Finding("ok", "grader", name)
+
+
+def _ask(*arguments: str) -> tuple[bool, list[str], list[str]]:
+    """Of a Python process: whether it failed, what it said, what it said of errors, in lines."""
+    command = [sys.executable, *arguments]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=LONGEST_S
+        )
+    except subprocess.TimeoutExpired:
+        return True, [], [f"no answer within {LONGEST_S:g} s"]
+    told = [line for line in done.stderr.splitlines() if line.strip()]
+    failed = done.returncode != 0
+    return failed, done.stdout.splitlines(), told or [f"exit code {done.returncode}"] * failed
 
 
 def _attempt(what: str, attempt: Callable[[], str]) -> Finding:

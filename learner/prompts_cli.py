@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @recipe_argument
-@click.option("-n", "count", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option(
+    "-n", "count", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts."
+)
 @click.option("--template", metavar="NAME", help="All of them in this template.")
 @click.option("--heldout", is_flag=True, help="What evaluations ask.")
 @overrides_option
@@ -80,12 +82,12 @@ def _tokenizer(run: RunConfig) -> PreTrainedTokenizerFast:
 def _stream(run: RunConfig, config: LearnerConfig, words: PreTrainedTokenizerFast) -> Prompts:
     from common import models
     from learner.prompts.source import open_source
-    from learner.prompts.stream import Prompts
+    from learner.prompts.stream import Prompts, room_for_prompts
 
     shape = json.loads((models.find(run.model) / "config.json").read_text(encoding="utf-8"))
     context = shape.get("max_position_embeddings", 1 << 20)
     source = open_source(config.prompts, run.seed)
-    room = max(1, context - config.max_tokens)
+    room = room_for_prompts(context, config.max_tokens)
     return Prompts(source, config.prompts, words, (), run.seed, room)
 
 

@@ -98,6 +98,29 @@ def test_the_doctor_names_what_a_recipe_lacks(free_port: int) -> None:
     assert findings["registry"].verdict == "fail"
 
 
+def test_the_doctor_opens_the_data_and_loads_the_graders(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}?", "answer": i} for i in range(20)]
+    rows += [{"prompt": "1?", "answer": 2}, {"prompt": "", "answer": 3}]
+    data = tmp_path / "sums.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+
+    def told(*overrides: str) -> dict[str, set[str]]:
+        asked = ("learner.prompts.source=jsonl", f"learner.prompts.path={data}", *overrides)
+        found: dict[str, set[str]] = {}
+        for f in of_recipe("tiny", asked):
+            found.setdefault(f"{f.verdict} {f.what}", set()).add(f.said)
+        return found
+
+    fine = told("learner.prompts.grader=numeric", "learner.prompts.grader_options={}")
+    assert any("18 to train on" in line or "17 to train on" in line for line in fine["ok data"])
+    assert any("no prompt in row 22" in line for line in fine["warn data"])
+    assert fine["ok grader"] == {"numeric"}
+    data.write_text("nothing")
+    broken = told("learner.prompts.grader=python:no_such:f", "learner.prompts.grader_options={}")
+    assert any("row 1: not a JSON object" in line for line in broken["fail data"])
+    assert any("No module named 'no_such'" in line for line in broken["fail grader"])
+
+
 def test_the_doctor_says_that_a_port_is_taken() -> None:
     import socket
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from common.errors import DataError
 from learner.prompts.chat import Renderer
 from learner.prompts.config import PromptsConfig
 from learner.prompts.source import Problem
-from learner.prompts.stream import REMEMBERED, Prompts
+from learner.prompts.stream import MOST_BYTES, REMEMBERED, Prompts
 from tests import chat_model
 
 
@@ -93,7 +94,7 @@ def test_a_broken_template_is_one_line() -> None:
 def test_what_is_known_of_problems_passed_over_is_bounded() -> None:
     stream = prompts("short")
     for number in range(2 * REMEMBERED + 1):
-        stream._pass_over(str(number), 99)
+        stream._pass_over(str(number), "too long")
         assert len(stream._unfit) <= REMEMBERED
 
 
@@ -104,7 +105,31 @@ def test_a_prompt_that_does_not_fit_is_passed_over_with_a_line(
     assert [stream.draw(cursor).cursor for cursor in range(3)] == [0, 2, 2]
     assert stream.draw(4).cursor == 5
     assert caplog.text.count("passed over") == 1, "said once a problem"
-    assert "a prompt of 41 tokens (1 so far)" in caplog.text
+    assert "passed over (1 so far): a prompt of 41 tokens; the model's context" in caplog.text
+
+
+def test_a_text_that_cannot_fit_is_not_even_tokenised(caplog: pytest.LogCaptureFixture) -> None:
+    """Tokenizing a row of a hundred megabytes would take the desk's thread for a minute."""
+    stream = prompts("x" * 3_000_000, "short", room=4_000)
+    began = time.process_time()
+    assert stream.draw(0).problem == "given/short"
+    assert time.process_time() - began < 0.5
+    assert "a prompt of 3000000 characters" in caplog.text
+
+
+def test_a_row_too_heavy_for_a_message_is_passed_over_with_a_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Heavy(Given):
+        def train(self, index: int) -> Problem:
+            problem = super().train(index)
+            heavy = {"tests": "x" * (MOST_BYTES + 1)} if problem.text == "heavy" else {}
+            return problem._replace(columns=heavy)
+
+    words = chat_model.tokenizer(None)
+    stream = Prompts(Heavy("heavy", "light"), PromptsConfig(), words, (256,), 0, 40)
+    assert stream.draw(0).problem == "given/light"
+    assert f"{MOST_BYTES} may travel with a ticket" in caplog.text
 
 
 def test_what_is_passed_over_depends_on_the_cursor_alone() -> None:

@@ -91,11 +91,13 @@ def test_a_source_is_pure_and_shows_every_training_row_once_an_epoch(
 
 
 @every_kind
-def test_a_row_is_its_question_its_answer_and_its_other_columns(kind: str, tmp_path: Path) -> None:
+def test_a_row_is_its_question_its_answer_and_its_columns(kind: str, tmp_path: Path) -> None:
+    """The answer's column too, by its own name and as it is: TRL's graders ask for it."""
     source = source_of(kind, WRITERS[kind](tmp_path, SUMS))
     problem = source.train(0)
     row = next(row for row in SUMS if row["prompt"] == problem.text)
-    assert (problem.gold, problem.columns) == (str(row["answer"]), {"level": row["level"]})
+    assert problem.gold == str(row["answer"])
+    assert problem.columns == {"answer": row["answer"], "level": row["level"]}
     assert problem.id == f"{source.name}/{SUMS.index(row) + 1}"
 
 
@@ -210,7 +212,54 @@ def test_dates_and_decimals_of_a_parquet_file_can_travel(tmp_path: Path) -> None
     when, price = datetime.date(2024, 2, 29), Decimal("1.50")
     rows = [{"prompt": f"{i}?", "answer": "a", "on": when, "price": price} for i in range(4)]
     source = source_of("parquet", write_parquet(tmp_path, rows))
-    assert rebuilt(source.train(0).columns) == {"on": when, "price": price}
+    assert rebuilt(source.train(0).columns) == {"answer": "a", "on": when, "price": price}
+
+
+def test_a_column_that_cannot_travel_stays_behind_and_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    took = datetime.timedelta(seconds=3)
+    rows = [{"prompt": f"{i}?", "answer": "a", "image": b"\x89", "took": took} for i in range(9)]
+    source = source_of("parquet", write_parquet(tmp_path, rows))
+    assert [source.train(index).columns for index in range(4)] == [{"answer": "a"}] * 4
+    assert [r.message.split(":")[1] for r in caplog.records] == [
+        " column image is left out, no grader sees it",
+        " column took is left out, no grader sees it",
+    ]
+
+
+def turn(role: str, content: Any) -> Row:
+    return {"role": role, "content": content}
+
+
+@every_kind
+def test_a_conversation_is_asked_by_its_one_user_turn(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As verl and TRL write their data; what a row's own system message says is left out."""
+    rows = [
+        {"prompt": [turn("system", "Be brief."), turn("user", f"{i}?")], "answer": f"{i}"}
+        for i in range(20)
+    ]
+    several = [turn("user", "1?"), turn("assistant", "one"), turn("user", "and 2?")]
+    rows += [{"prompt": several, "answer": "2"}, {"prompt": [], "answer": "3"}]
+    source = source_of(kind, WRITERS[kind](tmp_path, rows))
+    assert set(trained(source, 18)) | set(heldout(source)) == {f"{i}?" for i in range(20)}
+    assert "2 rows left out: no prompt in rows 21, 22" in caplog.text
+
+
+def test_text_in_parts_is_one_text_and_an_image_is_no_question(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = [{"type": "text", "text": "How "}, {"type": "text", "text": "many?"}]
+    rows = [{"prompt": [turn("user", f"{i}?")], "answer": "1"} for i in range(9)]
+    rows += [
+        {"prompt": [turn("user", parts)], "answer": "1"},
+        {"prompt": [turn("user", [*parts, {"type": "image"}])], "answer": "1"},
+    ]
+    source = source_of("jsonl", write_jsonl(tmp_path, rows))
+    assert "How many?" in {*trained(source, 9), *heldout(source)}
+    assert "1 row left out: no prompt in row 11" in caplog.text
 
 
 def test_a_folder_of_parquet_files_is_one_dataset(tmp_path: Path) -> None:
@@ -220,6 +269,63 @@ def test_a_folder_of_parquet_files_is_one_dataset(tmp_path: Path) -> None:
         write_parquet(folder, part).rename(tmp_path / f"part-{number}.parquet")
     source = source_of("parquet", tmp_path)
     assert len(set(trained(source, 54)) | set(heldout(source))) == 60
+
+
+def saved_with_state(folder: Path, rows: Sequence[Row]) -> Path:
+    path = write_saved(folder, rows)
+    files = [{"filename": file.name} for file in sorted(path.glob("*.arrow"))]
+    (path / "state.json").write_text(json.dumps({"_data_files": files, "_split": "train"}))
+    return path
+
+
+def test_files_that_a_saved_dataset_does_not_name_are_not_read(tmp_path: Path) -> None:
+    """`map` on a loaded dataset caches its results beside the data."""
+    path = saved_with_state(tmp_path, SUMS)
+    other = tmp_path / "other"
+    other.mkdir()
+    cached = write_saved(other, [{"prompt": "9+?", "answer": 0, "level": 0}] * 4)
+    (cached / "data-00000-of-00002.arrow").rename(path / "cache-1f3a.arrow")
+    source = source_of("saved", path)
+    assert {*trained(source, 54), *heldout(source)} == {row["prompt"] for row in SUMS}
+
+
+def test_a_saved_folder_of_several_datasets_is_one_line_with_their_places(tmp_path: Path) -> None:
+    for split in ("test", "train"):
+        (tmp_path / split).mkdir()
+        saved_with_state(tmp_path / split, SUMS).rename(tmp_path / f"{split}-saved")
+        (tmp_path / split).rmdir()
+        (tmp_path / f"{split}-saved").rename(tmp_path / split)
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["test", "train"]}')
+    with pytest.raises(DataError, match=r"set learner\.prompts\.path to one of .*/test, .*/train"):
+        source_of("saved", tmp_path)
+    assert source_of("saved", tmp_path / "train").rows == 54
+
+
+def test_a_list_of_files_that_is_damaged_or_lies_is_one_line(tmp_path: Path) -> None:
+    path = saved_with_state(tmp_path, SUMS)
+    for state, said in (
+        ("{", "state.json cannot be read"),
+        ('{"_data_files": []}', "the dataset is empty"),
+        ('{"_data_files": [{"filename": "gone.arrow"}]}', r"cannot read the dataset .*gone"),
+    ):
+        (path / "state.json").write_text(state)
+        with pytest.raises(DataError, match=said):
+            source_of("saved", path)
+
+
+def test_a_value_that_cannot_be_read_is_one_line_with_its_rows_and_column(tmp_path: Path) -> None:
+    broken = pa.array([b"1?", b"\xff\xfe"] * 5, pa.binary()).cast(pa.binary()).view(pa.string())
+    table = pa.table({"prompt": broken, "answer": ["1"] * 10})
+    pq.write_table(table, tmp_path / "text.parquet")
+    with pytest.raises(DataError, match=r"text\.parquet, rows 1 to 10, column prompt: 'utf-8'"):
+        source_of("parquet", tmp_path / "text.parquet")
+
+
+def test_a_file_that_begins_with_the_mark_of_utf_8_is_read(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path, SUMS)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    source = source_of("jsonl", path)
+    assert {*trained(source, 54), *heldout(source)} == {row["prompt"] for row in SUMS}
 
 
 def test_rows_of_a_parquet_file_are_not_held_in_memory(tmp_path: Path) -> None:
@@ -241,6 +347,8 @@ def test_rows_of_a_parquet_file_are_not_held_in_memory(tmp_path: Path) -> None:
     [
         ('{"prompt": "1", "answer": "1"}\nnot json\n', "row 2: not a JSON object"),
         ('{"prompt": "1", "answer": "1"}\n\n[1]\n', "row 3: not a JSON object"),
+        ("[{\n", "row 1: not a JSON object .* one object a line"),
+        ("\ud800", "row 1: not a JSON object|not UTF-8"),
         ("", "the dataset is empty"),
         ('{"prompt": "1", "answer": "1"}\n', "too few rows"),
     ],
@@ -249,7 +357,7 @@ def test_a_damaged_or_empty_file_is_refused_with_the_place(
     content: str, said: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "data.jsonl"
-    path.write_text(content)
+    path.write_text(content, errors="surrogatepass")
     with pytest.raises(DataError, match=said):
         source_of("jsonl", path)
 

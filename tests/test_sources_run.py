@@ -30,34 +30,30 @@ def tickets(folder: Path) -> list[Any]:
     return [record.ticket for _, record in read(folder / "journal") if isinstance(record, Issue)]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_a_dataset_of_your_own_is_trained_on_row_by_row(kind: str, tmp_path: Path) -> None:
+def test_datasets_of_your_own_are_trained_on_row_by_row(tmp_path: Path) -> None:
+    """Lines of JSON and a table in one stream."""
     rows = sums(200)
-    path = tmp_path / f"mine.{kind}"
-    if kind == "parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=16)
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines, table = tmp_path / "lines.jsonl", tmp_path / "table.parquet"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows[:100]))
+    pq.write_table(pa.Table.from_pylist(rows[100:]), table, row_group_size=16)
+    columns = 'prompt_column = "question", answer_column = "result"'
+    sources = (f'{{source = "{p.suffix[1:]}", path = "{p}", {columns}}}' for p in (lines, table))
     folder = tmp_path / "run"
-    summary = runs.run(
-        folder,
-        learner__prompts__source=json.dumps(kind),
-        learner__prompts__path=json.dumps(str(path)),
-        learner__prompts__prompt_column='"question"',
-        learner__prompts__answer_column='"result"',
-        **STEPS,
-    )
+    summary = runs.run(folder, learner__prompts__sources=f"[{', '.join(sources)}]", **STEPS)
     assert (summary["steps"], summary["conserved"]) == (2, True)
     assert summary["heldout_before"] > 0.1, "the model knows these sums"
     held = {t.problem for t in tickets(folder) if t.kind == "eval"}
     trained = {t.problem for t in tickets(folder) if t.kind == "main"}
     assert len(held) == 8
     assert not held & trained
+    assert {problem.split("/")[0] for problem in held} == {"lines", "table"}
+    assert {problem.split("/")[0] for problem in trained} == {"lines", "table"}
     for ticket in tickets(folder):
-        row = rows[int(ticket.problem.removeprefix("mine/")) - 1]
+        file, _, number = ticket.problem.partition("/")
+        row = rows[int(number) - 1 + (100 if file == "table" else 0)]
         assert (ticket.grading.gold, ticket.grading.columns) == (
             str(row["result"]),
-            {"row": row["row"]},
+            {"result": row["result"], "row": row["row"]},
         )
     again = runs.replay(folder)
     assert (again["steps"], again["equal"]) == (2, 2)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from common.errors import DataError
 
 try:
@@ -22,6 +24,16 @@ except ImportError:
     raise DataError("Parquet and Arrow need pyarrow: pip install 'isentrope[data]'") from None
 
 BATCH_ROWS = 4096
+
+
+class _File(msgspec.Struct):
+    filename: str
+
+
+class _State(msgspec.Struct):
+    """What `save_to_disk` writes beside the files."""
+
+    data_files: list[_File] = msgspec.field(name="_data_files", default=[])
 
 
 class Table:
@@ -39,15 +51,28 @@ class Table:
         if not present.num_columns:
             yield 1, {}  # nor has any other row one of them
             return
-        batches = present.to_batches(max_chunksize=BATCH_ROWS)
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+        first = 1
+        for batch in present.to_batches(max_chunksize=BATCH_ROWS):
+            yield from enumerate(self._values(batch, first), first)
+            first += batch.num_rows
 
     def row(self, number: int) -> dict[str, Any]:
-        row: dict[str, Any] = self._table.slice(number - 1, 1).to_pylist()[0]
-        return row
+        return self._values(self._table.slice(number - 1, 1), number)[0]
 
     def columns(self) -> list[str]:
         return list(self._table.column_names)
+
+    def _values(self, part: Any, first: int) -> list[dict[str, Any]]:
+        """Raises DataError for what is no value of Python's: bytes that are no text, a time in
+        nanoseconds.
+        """
+        try:
+            rows: list[dict[str, Any]] = part.to_pylist()
+        except (pa.ArrowException, ValueError, OverflowError) as error:
+            where = f"rows {first} to {first + part.num_rows - 1}"
+            odd = ", ".join(name for name in part.schema.names if _is_odd(part.column(name)))
+            raise DataError(f"{self.path}, {where}, column {odd}: {_line(error)}") from None
+        return rows
 
 
 def parquet(path: Path) -> Table:
@@ -71,7 +96,7 @@ def parquet(path: Path) -> Table:
 def saved(path: Path) -> Table:
     """A folder that `Dataset.save_to_disk` wrote, or one Arrow file. Raises DataError."""
     tables = []
-    for file in _files(path, "*.arrow"):
+    for file in _saved_files(path):
         try:
             tables.append(_mapped(file))
         except (pa.ArrowException, OSError) as error:
@@ -88,6 +113,33 @@ def _mapped(file: Path) -> Any:
         return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
     except pa.ArrowInvalid:
         return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+
+
+def _saved_files(path: Path) -> list[Path]:
+    """Those that the dataset's own list names: beside them may lie what `map` once cached."""
+    splits, state = path / "dataset_dict.json", path / "state.json"
+    if splits.is_file():
+        there = ", ".join(sorted(str(at.parent) for at in path.glob("*/state.json")))
+        raise DataError(
+            f"{path} holds several datasets: set learner.prompts.path to one of {there}"
+        )
+    if not state.is_file():
+        return _files(path, "*.arrow")
+    try:
+        listed = msgspec.json.decode(state.read_bytes(), type=_State).data_files
+    except (msgspec.MsgspecError, OSError) as error:
+        raise DataError(f"{state} cannot be read: {error}") from None
+    if not listed:
+        raise DataError(f"{path}: the dataset is empty")
+    return [path / file.filename for file in listed]
+
+
+def _is_odd(column: Any) -> bool:
+    try:
+        column.to_pylist()
+    except (pa.ArrowException, ValueError, OverflowError):
+        return True
+    return False
 
 
 def _files(path: Path, pattern: str) -> list[Path]:

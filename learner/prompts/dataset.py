@@ -58,6 +58,7 @@ class Dataset:
     def __init__(self, rows: Rows, heldout: Rows | None, config: PromptsConfig, seed: int) -> None:
         self.name = rows.path.stem
         self._rows, self._config, self._seed = rows, config, seed
+        self._odd: set[str] = set()  # columns of which nothing that can travel can be made
         numbers, digests = _index(rows, config)
         self._heldout_rows = rows if heldout is None else heldout
         if heldout is None:
@@ -105,14 +106,23 @@ class Dataset:
 
     def _problem(self, rows: Rows, number: int) -> Problem:
         columns = rows.row(number)
-        text = _text(_value(columns, self._config.prompt_column))
+        text = _text(_asked(_value(columns, self._config.prompt_column)))
         gold = _text(_value(columns, self._config.answer_column))
-        others = {k: v for k, v in columns.items() if k != self._config.prompt_column}
-        others.pop(self._config.answer_column, None)
+        others: dict[str, Any] = {}
+        for name, value in columns.items():
+            if name != self._config.prompt_column:
+                self._keep(others, name, value)
+        return Problem(f"{rows.path.stem}/{number}", text, gold, others)
+
+    def _keep(self, columns: dict[str, Any], name: str, value: Any) -> None:
+        """What cannot travel stays behind, which is said once a column."""
         try:
-            return Problem(f"{rows.path.stem}/{number}", text, gold, plain(others))
+            columns[name] = plain(value)
         except DataError as error:
-            raise DataError(f"{rows.path}, row {number}: {error}") from None
+            if name not in self._odd:
+                message = "%s: column %s is left out, no grader sees it: %s"
+                log.warning(message, self._rows.path, name, error)
+            self._odd.add(name)
 
 
 def _index(rows: Rows, config: PromptsConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -121,13 +131,14 @@ def _index(rows: Rows, config: PromptsConfig) -> tuple[np.ndarray, np.ndarray]:
     numbers, digests, golds = array("q"), array("Q"), array("Q")
     lacking: dict[str, list[int]] = defaultdict(list)
     for number, columns in rows.scan(wanted):
-        missing = next((name for name in wanted if _is_missing(_value(columns, name))), None)
-        if missing is not None:
-            lacking[missing].append(number)
+        found = _asked(_value(columns, wanted[0])), _value(columns, wanted[1])
+        missing = [name for name, value in zip(wanted, found, strict=True) if _is_missing(value)]
+        if missing:
+            lacking[missing[0]].append(number)
             continue
         numbers.append(number)
-        digests.append(_digest(_value(columns, config.prompt_column)))
-        golds.append(_digest(_value(columns, config.answer_column)))
+        digests.append(_digest(found[0]))
+        golds.append(_digest(found[1]))
     for name, where in lacking.items():
         if not numbers:
             known = ", ".join(rows.columns())
@@ -137,9 +148,9 @@ def _index(rows: Rows, config: PromptsConfig) -> tuple[np.ndarray, np.ndarray]:
             )
         left_out = _counted(len(where))
         log.warning("%s: %s left out: no %s in %s", rows.path, left_out, name, _few(where))
-    found = np.frombuffer(numbers, np.int64), np.frombuffer(digests, np.uint64)
-    agreeing = _agreeing(rows, *found, np.frombuffer(golds, np.uint64))
-    return _first_of_each(rows, found[0][agreeing], found[1][agreeing])
+    usable = np.frombuffer(numbers, np.int64), np.frombuffer(digests, np.uint64)
+    agreeing = _agreeing(rows, *usable, np.frombuffer(golds, np.uint64))
+    return _first_of_each(rows, usable[0][agreeing], usable[1][agreeing])
 
 
 def _agreeing(
@@ -186,6 +197,26 @@ def _value(columns: dict[str, Any], name: str) -> Any:
     column, _, field = name.partition(".")
     inner = columns.get(column)
     return _value(inner, field) if isinstance(inner, dict) else None
+
+
+def _asked(value: Any) -> Any:
+    """The question; of a conversation its one user turn, without what the system says. None: it has
+    more turns, or something else than text.
+    """
+    if not (isinstance(value, list) and value and all(map(_is_turn, value))):
+        return value
+    said = [turn for turn in value if turn["role"] != "system"]
+    if len(said) != 1 or said[0]["role"] != "user":
+        return None
+    content = said[0]["content"]
+    parts = content if isinstance(content, list) else [{"text": content}]
+    words = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    texts = [word for word in words if isinstance(word, str)]
+    return "".join(texts) if len(texts) == len(words) else None
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and "role" in value and "content" in value
 
 
 def _is_missing(value: Any) -> bool:

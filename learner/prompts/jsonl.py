@@ -11,6 +11,7 @@ import msgspec
 
 from common.errors import DataError
 
+MARK = b"\xef\xbb\xbf"  # some programs begin UTF-8 with it
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
@@ -23,8 +24,9 @@ class JsonLines:
 
     def scan(self, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
         self._offsets = array("q")
-        at = 0
         with self._open() as file:
+            at = len(MARK) if file.read(len(MARK)) == MARK else 0
+            file.seek(at)
             for number, line in enumerate(file, 1):
                 self._offsets.append(at)
                 at += len(line)
@@ -53,6 +55,9 @@ class JsonLines:
         try:
             return _decode(line)
         except msgspec.MsgspecError as error:
-            raise DataError(f"{self.path}, row {number}: not a JSON object ({error})") from None
+            raise DataError(
+                f"{self.path}, row {number}: not a JSON object ({error}); "
+                "a JSONL file has one object a line"
+            ) from None
         except UnicodeDecodeError:
             raise DataError(f"{self.path}, row {number}: not UTF-8") from None

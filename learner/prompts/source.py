@@ -16,8 +16,8 @@ from learner.prompts.config import PromptsConfig
 
 
 class Problem(NamedTuple):
-    """What is asked (`text`), what is right (`gold`), and the row's other columns for graders that
-    read them.
+    """What is asked (`text`), what is right (`gold`), and all columns of the row but the question
+    for graders that read them.
     """
 
     id: str

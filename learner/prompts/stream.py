@@ -9,10 +9,11 @@ import logging
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from common.episodes import Episode
-from common.errors import DataError
+from common.errors import ConfigError, DataError
 from common.grading import OPTIONS, Extraction
 from common.proposals import PREFIX
 from common.wire import GradePart, Grading, Kind, Sampling
@@ -31,6 +32,8 @@ log = logging.getLogger("isentrope.prompts")
 MOST_UNFIT = 1_000  # problems in a row that no prompt can be made of
 REMEMBERED = 10_000  # of them, so that none is said twice
 NAMED = 10  # of them get a line of their own
+LETTERS = 256  # no token has more: so much longer a text is not even tokenised
+MOST_BYTES = 16 << 20  # of what travels with a ticket for its graders
 
 
 class Draft(NamedTuple):
@@ -146,15 +149,26 @@ class Prompts:
             pick = self._templates.pick(problem.epoch, problem.id)
             name = pick if cursor >= 0 else self._templates.evaluation
             template, parts = self._templates[name], parts + self._templates.part(name)
-        ids = render(problem.text, template)
-        if not self.fits(ids):
-            self._pass_over(problem.id, len(ids))
+        short = len(problem.text) <= LETTERS * self._max_prompt
+        ids = render(problem.text, template) if short else np.zeros(0, np.int32)
+        if why := self._misfit(problem, ids):
+            self._pass_over(problem.id, why)
             return None
         grading = Grading(gold=problem.gold, parts=parts, columns=problem.columns)
         source = problem.source or self._source.name
         return Draft(problem.id, ids, grading, name, source, cursor, problem.text)
 
-    def _pass_over(self, problem: str, tokens: int) -> None:
+    def _misfit(self, problem: Problem, ids: np.ndarray) -> str:
+        """Why no ticket can be made of it, "" when one can."""
+        if not self.fits(ids):
+            size = f"{len(ids)} tokens" if len(ids) else f"{len(problem.text)} characters"
+            return f"a prompt of {size}; {self._room()}"
+        size_bytes = len(problem.gold) + len(msgspec.msgpack.encode(problem.columns))
+        if size_bytes > MOST_BYTES:
+            return f"its columns have {size_bytes} bytes; {MOST_BYTES} may travel with a ticket"
+        return ""
+
+    def _pass_over(self, problem: str, why: str) -> None:
         if problem in self._unfit:
             return
         if len(self._unfit) >= REMEMBERED:  # an endless source has no end of them
@@ -162,14 +176,23 @@ class Prompts:
         self._unfit.add(problem)
         self._passed = count = self._passed + 1
         if count <= NAMED or count % 1_000 == 0:
-            message = "problem %s passed over, a prompt of %d tokens (%d so far); %s"
-            log.warning(message, problem, tokens, count, self._room())
+            log.warning("problem %s passed over (%d so far): %s", problem, count, why)
 
     def _room(self) -> str:
         return (
             f"the model's context leaves room for 1 to {self._max_prompt} tokens beside "
             "learner.max_tokens"
         )
+
+
+def room_for_prompts(context: int, max_tokens: int) -> int:
+    """Tokens that a prompt may have beside an answer. Raises ConfigError when there are none."""
+    if context <= max_tokens:
+        raise ConfigError(
+            f"learner.max_tokens = {max_tokens}: the model's context is {context} tokens, prompt "
+            "included; take less"
+        )
+    return context - max_tokens
 
 
 def parts_of(config: PromptsConfig) -> tuple[GradePart, ...]:
