@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from click.testing import CliRunner
+
 from common.audit import audit
 
 ISENTROPE = str(Path(sys.executable).parent / "isentrope")
@@ -66,10 +68,10 @@ def run(folder: Path, **options: Any) -> dict[str, Any]:
 
 def replay(folder: Path) -> dict[str, Any]:
     """`isentrope replay`: trained again from the journal's step 0."""
-    done = subprocess.run(
-        [ISENTROPE, "replay", str(folder), "--json"], capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    from learner.cli import replay as command  # in this process, which has imported torch
+
+    done = CliRunner().invoke(command, [str(folder), "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output[-2000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
