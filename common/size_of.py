@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from common.size import Shape
 from common.wire import FromActor, Group
 
 LEAST = 5  # finished steps
-FIRST = 2  # of them: start-up, not counted
+FIRST = 2  # of them: start-up, not counted …
+STARTUP_S = 6.0  # … nor those whose numbers of actors, means over 5 s, look back into it
 GROUPS = 4096  # the last of the journal, for lengths and speeds
 
 
@@ -33,7 +35,11 @@ def measure(folder: Path) -> Measured:
     lines = [line for line in metrics.read(folder) if "train_s" in line]
     if len(lines) < LEAST:
         raise DataError(f"{folder}: {len(lines)} steps are too few to measure; {LEAST} are needed")
-    lines = lines[FIRST:]
+    lines = _settled(lines)
+    if not lines:
+        raise DataError(
+            f"{folder}: it is too young to measure; {STARTUP_S:g} s after its first step"
+        )
     sections = recipe.load_all(str(RunFolder.open(folder).recipe))
     learner, actor = sections["learner"], sections["actor"]
     groups = _groups(folder)
@@ -67,6 +73,14 @@ def measure(folder: Path) -> Measured:
         grade_s=statistics.median([g.timings.get("grade_s", 0.0) for g in groups] or [0.0]),
     )
     return Measured(shape, numbers)
+
+
+def _settled(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those after the start-up: what actors say of themselves looks back over some seconds, in
+    which they had nothing to do, and a run of few steps is soon over."""
+    since = itertools.accumulate((float(line["step_s"]) for line in lines[1:]), initial=0.0)
+    both = list(zip(lines, since, strict=True))[FIRST:]
+    return [line for line, passed_s in both if passed_s >= STARTUP_S]
 
 
 def _groups(folder: Path) -> Sequence[Group]:

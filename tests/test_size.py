@@ -166,6 +166,18 @@ def test_a_run_says_what_it_is_like(run: Path) -> None:
     assert [row["actors"] for row in found["predicted"]] == [1, 2]
 
 
+def test_what_actors_say_of_the_time_before_there_was_work_is_not_counted(run: Path) -> None:
+    """Means over five seconds: in the first steps they say that actors had nothing to do."""
+    metrics = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for line in lines[:3]:
+        line |= {"actor_idle": 0.9, "sampled_tokens_per_s": 10.0}
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = json.loads(CliRunner().invoke(size, [str(run), "--json"]).output)
+    assert found["measured"]["actor_idle"] == pytest.approx(0.25)
+    assert found["shape"]["tokens_per_s"] == pytest.approx(200.0)
+
+
 def test_what_the_run_has_not_got_can_be_given_and_people_get_a_table(run: Path) -> None:
     plain = CliRunner().invoke(size, [str(run)]).output
     assert "measured 1" in plain
@@ -176,7 +188,10 @@ def test_what_the_run_has_not_got_can_be_given_and_people_get_a_table(run: Path)
 
 
 def test_a_run_that_is_too_young_is_refused(run: Path) -> None:
-    (run / "metrics.jsonl").write_text("", encoding="utf-8")
-    done = CliRunner().invoke(size, [str(run)])
-    assert isinstance(done.exception, DataError)
-    assert "0 steps are too few" in str(done.exception)
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    quick = lines.replace('"step_s": 2.0', '"step_s": 0.1')
+    for text, why in (("", "0 steps are too few"), (quick, "6 s after its first step")):
+        (run / "metrics.jsonl").write_text(text, encoding="utf-8")
+        done = CliRunner().invoke(size, [str(run)])
+        assert isinstance(done.exception, DataError)
+        assert why in str(done.exception)
