@@ -177,9 +177,13 @@ def _shares(now: Status, width: int) -> RenderableType:
         share = now.lags.get(lag, 0) / total if total else 0.0
         left.add_row(Text(f"lag {lag}", "dim"), Text(bar(share, size), "cyan"), percent(share))
     right = Table.grid(padding=(0, 1))
-    idle = {"learner idle": now.learner_idle, "actors idle": actor_idle(now)}
-    for name, share in idle.items():
-        right.add_row(Text(name, "dim"), Text(bar(share, size), "red"), percent(share))
+    idle = {
+        "learner idle": now.learner_idle,
+        "actors idle": actor_idle(now) if now.actors else None,
+    }
+    for name, waited in idle.items():
+        said = "–" if waited is None else percent(waited)
+        right.add_row(Text(name, "dim"), Text(bar(waited or 0.0, size), "red"), said)
     right.add_row(Text("trained", "dim"), Text(f"{now.tokens_per_s:,.0f} tokens/s", "bold"), "")
     both = Table.grid(padding=(0, 3))
     both.add_row(left, right)

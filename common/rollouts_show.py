@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 STRONGEST = 2.0  # nats that get the strongest colour; more looks the same
 _PICTURES = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {0x7F: 0x2421}
 _PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # the other controls
+_VERDICTS = {True: ("✓ ", "bold green"), False: ("✗ ", "bold red"), None: ("? ", "bold yellow")}
 _LEVELS = ("", "on #3b3420", "on #5c4a17", "on #80600f", "on #a86f0a", "on #d06a10")
 
 
@@ -38,6 +39,7 @@ class Shown(NamedTuple):
     facts: tuple[tuple[str, str], ...]
     prompt: str
     turns: tuple[Turn, ...]
+    right: bool | None = None  # None: there is no verdict
 
 
 def text(shown: Sequence[Shown], colour: str) -> RenderableType:
@@ -48,7 +50,7 @@ def text(shown: Sequence[Shown], colour: str) -> RenderableType:
 
     parts: list[RenderableType] = []
     for one in shown:
-        title = Text(visible(one.title), style="bold")
+        title = Text.assemble(_VERDICTS[one.right], (visible(one.title), "bold"))
         parts.append(Rule(title, align="left", style="dim"))
         parts.append(Text(visible("  ".join(f"{k} {v}" for k, v in one.facts)), style="dim"))
         parts.append(Text(visible(one.prompt), style="dim cyan"))
@@ -108,6 +110,9 @@ def page(shown: Sequence[Shown], title: str, colour: str, note: str) -> str:
     )
 
 
+_CLASSES = {True: "right", False: "wrong", None: "none"}
+
+
 def _card(one: Shown) -> str:
     facts = "".join(
         f"<div><dt>{html.escape(name)}</dt> <dd>{html.escape(value)}</dd></div>"
@@ -115,7 +120,7 @@ def _card(one: Shown) -> str:
     )
     said = "".join(map(_turn, one.turns))
     return (
-        f"<article><h2>{html.escape(one.title)}</h2><dl>{facts}</dl>"
+        f'<article class="{_CLASSES[one.right]}"><h2>{html.escape(one.title)}</h2><dl>{facts}</dl>'
         f'<pre class="prompt">{html.escape(one.prompt)}</pre><pre>{said}</pre></article>'
     )
 
@@ -143,8 +148,9 @@ _PAGE = """<!doctype html>
 body {{ margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; background: var(--paper);
   color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }}
 h1 {{ font-size: 1.3rem; margin: 0; }} p {{ color: var(--soft); margin: .3rem 0; }}
-article {{ background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  margin-top: 1rem; padding: .8rem 1rem; }}
+article {{ background: var(--card); border: 1px solid var(--line); border-left: 4px solid #c8700d;
+  border-radius: 8px; margin-top: 1rem; padding: .8rem 1rem; }}
+.right {{ border-left-color: #2f9a58; }} .wrong {{ border-left-color: #d0524a; }}
 h2 {{ font-size: .95rem; margin: 0; }}
 dl {{ display: flex; flex-wrap: wrap; gap: 0 1rem; margin: .2rem 0 .6rem; font-size: .82rem; }}
 dt, dd {{ display: inline; margin: 0; }} dt {{ color: var(--soft); }}

@@ -109,6 +109,7 @@ def _shown(said: Said, reward: float, values: Sequence[float | None], decode: De
         facts=tuple((name, value) for name, value in told.items() if value),
         prompt=decode(ticket.prompt.tolist()),
         turns=_turns(rollout.segments, values, decode),
+        right=None if rollout.error else rollout.correct >= 1.0,
     )
 
 

@@ -142,6 +142,8 @@ def test_the_terminal_shows_prompt_response_and_reward(run: Path) -> None:
     said = ask(run, "--problem", "p0").output
     assert "trained at step 1" in said
     assert "reward 1" in said
+    assert "✓ main p0" in said
+    assert "✗ main p0" in said
     assert "surprisal (nats)" in said
 
 
@@ -239,7 +241,9 @@ def test_the_page_needs_nothing_from_elsewhere(run: Path, tmp_path: Path) -> Non
     assert ask(run, "--html", str(tmp_path / "page.html")).exit_code == 0
     written = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert not re.findall(r"(?:src|href)\s*=|url\(|@import", written)
-    assert written.count("<article>") == 8
+    assert written.count("<article") == 8
+    assert written.count('<article class="right"') == 4
+    assert written.count('<article class="wrong"') == 4
 
 
 def test_pieces_join_to_the_text_and_half_a_character_waits_for_its_other_half() -> None:

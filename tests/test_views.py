@@ -112,6 +112,13 @@ def test_the_picture_before_the_first_word_of_the_learner_says_that_it_starts(
     assert "start" in shown(None, tmp_path, 80)
 
 
+def test_without_actors_nobody_is_said_to_be_busy(tmp_path: Path) -> None:
+    now = a_status()
+    now.actors = {}
+    (row,) = (row for row in shown(now, tmp_path, 80).splitlines() if "actors idle" in row)
+    assert row.split("actors idle")[1].strip() == "–"
+
+
 def test_a_broken_sum_and_warnings_stand_out(tmp_path: Path) -> None:
     now = a_status()
     now.conserved = False

@@ -57,12 +57,12 @@ function axisText(value, step) {
 }
 
 // The frame of a picture: axes and grid. Returns the svg and the two scales.
-function frame(box, xs, ys, labels) {
+function frame(box, xs, ys, labels, format) {
   const width = Math.max(220, box.clientWidth), height = box.clientHeight || 190;
   const top = 8, bottom = height - 20, right = width - 8;
   const yTicks = ticks(ys[0], ys[1], 4, false);
   const yStep = yTicks.length > 1 ? yTicks[1] - yTicks[0] : 1;
-  const names = yTicks.map((value) => axisText(value, yStep));
+  const names = yTicks.map((value) => (format ? format(value) : axisText(value, yStep)));
   const left = 10 + 6.6 * Math.max(2, ...names.map((name) => name.length));
   const x = (v) => left + ((v - xs[0]) / (xs[1] - xs[0] || 1)) * (right - left);
   const y = (v) => bottom - ((v - ys[0]) / (ys[1] - ys[0] || 1)) * (bottom - top);
@@ -72,7 +72,8 @@ function frame(box, xs, ys, labels) {
     svg.append(draw("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, names[i]));
   });
   const marks = labels || ticks(xs[0], xs[1], Math.max(2, Math.floor(width / 90)), true).map((v) => [v, whole(v)]);
-  marks.forEach(([value, name]) => svg.append(draw("text", { x: x(value), y: height - 4, "text-anchor": "middle" }, name)));
+  if (!labels) svg.append(draw("text", { x: left - 6, y: height - 4, "text-anchor": "end" }, "step"));
+  marks.filter(([value]) => labels || x(value) > left + 12).forEach(([value, name]) => svg.append(draw("text", { x: x(value), y: height - 4, "text-anchor": "middle" }, name)));
   return { svg, x, y, left, right, top, bottom };
 }
 
@@ -103,7 +104,7 @@ function lines(card, curves, options = {}) {
   const room = (ys[1] - ys[0] || Math.abs(ys[1]) || 1) * 0.06;
   ys = [options.from !== undefined && ys[0] === options.from ? ys[0] : ys[0] - room,
     options.to !== undefined && ys[1] === options.to ? ys[1] : ys[1] + room];
-  const f = frame(card.plot, xs, ys);
+  const f = frame(card.plot, xs, ys, undefined, options.axis);
   for (const curve of there) shape(f, curve);
   card.plot.replaceChildren(f.svg);
   hover(card.plot, f, xs, there);
@@ -163,7 +164,7 @@ function bars(card, rows, colour, last) {
   card.legend.replaceChildren();
   if (!rows.some((row) => row[1] > 0)) return nothing(card.plot);
   const most = Math.max(...rows.map((row) => row[1]));
-  const f = frame(card.plot, [-0.6, rows.length - 0.4], [0, most * 1.12], rows.map((row, i) => [i, row[0]]));
+  const f = frame(card.plot, [-0.6, rows.length - 0.4], [0, most * 1.12], rows.map((row, i) => [i, row[0]]), percent);
   const wide = Math.min(70, ((f.right - f.left) / rows.length) * 0.7);
   rows.forEach(([, value, words], i) => {
     const late = last !== undefined && i > last;

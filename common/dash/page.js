@@ -19,7 +19,7 @@ card("reward", "Reward and held-out accuracy");
 card("entropy", "Entropy", "nats per token");
 card("change", "Entropy change of a step", "predicted and realised, nats per token");
 card("lag", "Lag", "rollouts trained on, over the run");
-card("ratio", "Ratio and effective sample size", "current / proximal; share of the tokens");
+card("ratio", "Ratio and effective sample", "current / proximal; of the tokens");
 card("idle", "Who waits", "share of the time");
 card("fates", "Groups by fate", "of a step");
 card("speed", "Throughput", "tokens per second");
@@ -121,7 +121,7 @@ function showSeries(series) {
   const c = series.curves;
   const curve = (name, label, colour, as, format) => ({ ...(c[name] || { x: [], y: [] }), name: label, colour, as, format });
   const empty = series.note || "no step has ended yet";
-  lines(cards.reward, [curve("reward", "reward, trained on", "grey", "smooth"), curve("correct", "correct, every group", "blue", "smooth"),
+  lines(cards.reward, [curve("reward", "reward", "grey", "smooth"), curve("correct", "correct, all groups", "blue", "smooth"),
     curve("heldout", "held-out", "orange", "dots")], { from: 0, to: 1, empty });
   const target = curve("target", "target", "orange", "dashed");
   lines(cards.entropy, [curve("entropy", "entropy", "purple", "line"), target], { from: 0, empty });
@@ -129,7 +129,7 @@ function showSeries(series) {
   lines(cards.ratio, [curve("ratio", "ratio", "blue", "line"), curve("ess_share", "effective sample", "green", "line", percent),
     curve("clipped", "clipped", "red", "line", percent)], { from: 0, to: 1, empty });
   lines(cards.idle, [curve("learner_idle", "learner waits for groups", "blue", "smooth", percent),
-    curve("actor_idle", "actors have nothing to decode", "orange", "smooth", percent)], { from: 0, to: 1, empty });
+    curve("actor_idle", "actors have nothing to decode", "orange", "smooth", percent)], { from: 0, to: 1, axis: percent, empty });
   lines(cards.speed, [curve("sampled_tokens_per_s", "sampled, all actors", "orange", "smooth"), curve("tokens_per_s", "trained on", "blue", "smooth")], { from: 0, empty });
   lines(cards.length, [curve("length", "training", "green", "line"), curve("heldout_length", "held-out", "orange", "dots")], { from: 0, empty });
   byId("curve-note").textContent = empty === series.note ? series.note : "";
@@ -142,7 +142,8 @@ function showSeries(series) {
 function showChange(c, curve, empty) {
   const slopes = (c.entropy_slope || { y: [] }).y;
   const slope = slopes.length && slopes[slopes.length - 1] > 0 ? slopes[slopes.length - 1] : 1;
-  const predicted = curve("entropy_predicted", slope === 1 ? "predicted" : `predicted × ${short(slope)}`, "purple", "line");
+  const label = slope === 1 ? "predicted, no factor fitted yet" : `predicted × ${short(slope)}`;
+  const predicted = curve("entropy_predicted", label, "purple", "line");
   predicted.y = predicted.y.map((value) => value * slope);
   lines(cards.change, [predicted, curve("entropy_realised", "realised", "red", "dots")], { empty, from: 0, to: 0 });
   const found = (c.entropy_correlation || { y: [] }).y;
