@@ -118,12 +118,61 @@ def test_wherever_a_crash_cuts_the_file_the_records_before_the_cut_survive(tmp_p
     journal.close()
     path = next(tmp_path.glob("*.journal"))
     whole = path.read_bytes()
-    for length in range(0, len(whole), 3):
+    for length in range(len(whole) + 1):
         path.write_bytes(whole[:length])
         assert records(tmp_path) == written[: sum(end <= length for end in ends)]
         sealed = seal_of(tmp_path)
         assert sealed is not None
         assert sealed[1] <= length
+
+
+def test_wherever_a_crash_cuts_a_life_of_several_segments_the_next_life_goes_on(
+    tmp_path: Path,
+) -> None:
+    """The last segment of the first life at every length; then a second life, and all of it."""
+    written, positions = some_records(9), []
+    journal = opened(tmp_path, segment_bytes=250)
+    for record in written:
+        journal.commit()
+        positions.append(journal.append(record))
+    journal.close()
+    last = max(tmp_path.glob("*.journal"))
+    whole, kept = last.read_bytes(), [p for p in positions if p.segment == last.stem]
+    earlier = len(written) - len(kept)
+    assert earlier > 3
+    assert len(kept) > 1, "several records to be cut between"
+    ends = [*(p.offset for p in kept[1:]), len(whole)]
+    for length in range(len(whole) + 1):
+        last.write_bytes(whole[:length])
+        second = opened(tmp_path, incarnation=2)
+        second.append(Drop(ticket=99, reason="failed"))
+        second.close()
+        survive = earlier + sum(end <= length for end in ends)
+        assert records(tmp_path) == [*written[:survive], Drop(ticket=99, reason="failed")]
+        for path in tmp_path.glob("000002-*.journal"):
+            path.unlink()
+
+
+def test_a_sealed_segment_is_refused_at_whatever_length_it_is_cut_and_whatever_byte_is_flipped(
+    tmp_path: Path,
+) -> None:
+    """The successor said how long it is: there is no torn tail any more, only damage."""
+    journal = opened(tmp_path)
+    for record in some_records(3):
+        journal.append(record)
+    journal.close()
+    first = next(tmp_path.glob("*.journal"))
+    whole = first.read_bytes()
+    opened(tmp_path, incarnation=2).close()
+    for at in range(len(whole)):
+        first.write_bytes(whole[:at])
+        with pytest.raises(JournalError, match=first.name):
+            records(tmp_path)
+        flipped = bytearray(whole)
+        flipped[at] ^= 0x55
+        first.write_bytes(flipped)
+        with pytest.raises(JournalError, match=first.name):
+            records(tmp_path)
 
 
 def test_a_torn_tail_is_cut_off_by_the_successor_and_the_journal_goes_on(tmp_path: Path) -> None:
