@@ -228,6 +228,31 @@ def test_a_column_that_cannot_travel_stays_behind_and_is_said_once(
     ]
 
 
+def test_a_column_that_cannot_be_read_stays_behind_where_it_is_not_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = pa.table({"prompt": [f"{i}?" for i in range(9)], "answer": ["a"] * 9})
+    times = pa.array([i * 1000 + 1 for i in range(9)], pa.timestamp("ns"))
+    pq.write_table(rows.append_column("at", times), tmp_path / "timed.parquet")
+    source = source_of("parquet", tmp_path / "timed.parquet")
+    assert [source.train(index).columns for index in range(4)] == [{"answer": "a"}] * 4
+    assert caplog.text.count("column at is left out, no grader sees it") == 1
+
+
+def test_bytes_are_read_as_text_and_where_they_are_none_the_row_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    questions = [*(f"{i}?".encode() for i in range(9)), b"\xff\xfe"]
+    pq.write_table(
+        pa.table({"prompt": pa.array(questions, pa.binary()), "answer": [b"1"] * 10}),
+        tmp_path / "bytes.parquet",
+    )
+    source = source_of("parquet", tmp_path / "bytes.parquet")
+    assert {*trained(source, 8), *heldout(source)} == {f"{i}?" for i in range(9)}
+    assert (source.train(0).gold, source.train(0).columns) == ("1", {"answer": "1"})
+    assert "1 row left out: no prompt in row 10" in caplog.text
+
+
 def turn(role: str, content: Any) -> Row:
     return {"role": role, "content": content}
 
@@ -347,6 +372,11 @@ def test_rows_of_a_parquet_file_are_not_held_in_memory(tmp_path: Path) -> None:
     [
         ('{"prompt": "1", "answer": "1"}\nnot json\n', "row 2: not a JSON object"),
         ('{"prompt": "1", "answer": "1"}\n\n[1]\n', "row 3: not a JSON object"),
+        ('{"prompt": "", "answer": ""}\n', r"row 1: nothing in column 'prompt'"),
+        (
+            '{"prompt": "1", "answer": ' + "[" * 10_000 + "]" * 10_000 + "}",
+            "row 1: not a JSON object",
+        ),
         ("[{\n", "row 1: not a JSON object .* one object a line"),
         ("\ud800", "row 1: not a JSON object|not UTF-8"),
         ("", "the dataset is empty"),

@@ -8,6 +8,7 @@ loses its name at once and its space with the process.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,10 @@ try:
 except ImportError:
     raise DataError("Parquet and Arrow need pyarrow: pip install 'isentrope[data]'") from None
 
+log = logging.getLogger("isentrope.prompts")
+
 BATCH_ROWS = 4096
+UNREADABLE = (pa.ArrowException, ValueError, OverflowError)  # said of a value
 
 
 class _File(msgspec.Struct):
@@ -42,6 +46,7 @@ class Table:
     def __init__(self, path: Path, table: Any) -> None:
         self.path = path
         self._table = table
+        self._odd: set[str] = set()  # columns that cannot be read in some row
 
     def scan(self, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
         if not self._table.num_rows:
@@ -57,7 +62,19 @@ class Table:
             first += batch.num_rows
 
     def row(self, number: int) -> dict[str, Any]:
-        return self._values(self._table.slice(number - 1, 1), number)[0]
+        """Without the columns that have no value of Python's there: said once each."""
+        part = self._table.slice(number - 1, 1)
+        try:
+            whole: dict[str, Any] = part.to_pylist()[0]
+            return whole
+        except UNREADABLE:
+            row = {}
+            for name, column in zip(part.column_names, part.columns, strict=True):
+                try:
+                    row[name] = column.to_pylist()[0]
+                except UNREADABLE as error:
+                    self._say_odd(name, error)
+            return row
 
     def columns(self) -> list[str]:
         return list(self._table.column_names)
@@ -68,11 +85,17 @@ class Table:
         """
         try:
             rows: list[dict[str, Any]] = part.to_pylist()
-        except (pa.ArrowException, ValueError, OverflowError) as error:
+        except UNREADABLE as error:
             where = f"rows {first} to {first + part.num_rows - 1}"
             odd = ", ".join(name for name in part.schema.names if _is_odd(part.column(name)))
             raise DataError(f"{self.path}, {where}, column {odd}: {_line(error)}") from None
         return rows
+
+    def _say_odd(self, name: str, error: Exception) -> None:
+        if name not in self._odd:
+            message = "%s: column %s is left out, no grader sees it: %s"
+            log.warning(message, self.path, name, _line(error))
+        self._odd.add(name)
 
 
 def parquet(path: Path) -> Table:
@@ -137,7 +160,7 @@ def _saved_files(path: Path) -> list[Path]:
 def _is_odd(column: Any) -> bool:
     try:
         column.to_pylist()
-    except (pa.ArrowException, ValueError, OverflowError):
+    except UNREADABLE:
         return True
     return False
 

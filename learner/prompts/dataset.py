@@ -116,8 +116,9 @@ class Dataset:
 
     def _keep(self, columns: dict[str, Any], name: str, value: Any) -> None:
         """What cannot travel stays behind, which is said once a column."""
+        text = _decoded(value) if isinstance(value, bytes) else None
         try:
-            columns[name] = plain(value)
+            columns[name] = plain(value if text is None else text)
         except DataError as error:
             if name not in self._odd:
                 message = "%s: column %s is left out, no grader sees it: %s"
@@ -142,8 +143,10 @@ def _index(rows: Rows, config: PromptsConfig) -> tuple[np.ndarray, np.ndarray]:
     for name, where in lacking.items():
         if not numbers:
             known = ", ".join(rows.columns())
+            there = name.partition(".")[0] in rows.columns() or name in rows.columns()
+            what = f"nothing in column {name!r}" if there else f"no column {name!r}"
             raise DataError(
-                f"{rows.path}, row {where[0]}: no column {name!r} (there are: {known}); "
+                f"{rows.path}, row {where[0]}: {what} (there are: {known}); "
                 "map it in [learner.prompts]"
             )
         left_out = _counted(len(where))
@@ -191,12 +194,20 @@ def _few(rows: list[int]) -> str:
 
 
 def _value(columns: dict[str, Any], name: str) -> Any:
-    """A column, or a field within one: `reward_model.ground_truth`."""
+    """A column, or a field within one: `reward_model.ground_truth`. Bytes are text or nothing."""
     if name in columns or "." not in name:
-        return columns.get(name)
+        value = columns.get(name)
+        return _decoded(value) if isinstance(value, bytes) else value
     column, _, field = name.partition(".")
     inner = columns.get(column)
     return _value(inner, field) if isinstance(inner, dict) else None
+
+
+def _decoded(value: bytes) -> str | None:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _asked(value: Any) -> Any:

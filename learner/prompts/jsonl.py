@@ -54,7 +54,7 @@ class JsonLines:
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
         try:
             return _decode(line)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise DataError(
                 f"{self.path}, row {number}: not a JSON object ({error}); "
                 "a JSONL file has one object a line"
