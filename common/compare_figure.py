@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.compare import Run, targets
-from common.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, STYLE, smooth, steps_axis
+from common.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    STYLE,
+    log_scale,
+    smooth,
+    steps_axis,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,8 +80,7 @@ def _entropy(axis: Axes, run: Run, clock: str, colour: str, style: str, label: s
 
 def _finish(axes: Any) -> None:
     for side in (0, 1):
-        axes[1][side].set_yscale("log")
-        axes[1][side].yaxis.set_major_formatter("{x:g}")
+        log_scale(axes[1][side], "y")
     axes[0][0].set(title="Right answers; ◆ held-out", ylabel="share", ylim=(None, 1.02))
     axes[0][1].set_title("… against time")
     axes[1][0].set(title="Policy entropy; dotted: target", ylabel="nats per token (log scale)")

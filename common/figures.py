@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from common import metrics
 from common.errors import DataError
@@ -27,6 +27,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, GREY = (
     "#7d58a6",
     "#8a8f98",
 )
+MOST_LABELS = 8  # held-out points that are written out; of more the first and the last
 STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -105,16 +106,18 @@ def reward(axis: Axes, lines: Lines) -> None:
             *points, line, color=ORANGE, markersize=7, linewidth=1, zorder=5, label="held-out"
         )
         for i, (x, y) in enumerate(zip(*points, strict=True)):
-            last = i == len(points[0]) - 1 and i > 0
-            axis.annotate(
-                f"{y:.2f}",
-                (x, y),
-                xytext=(-8 if last else 8, -12),
-                textcoords="offset points",
-                ha="right" if last else "left",
-                color=ORANGE,
-                weight="bold",
-            )
+            ends = i in (0, len(points[0]) - 1)
+            if ends or len(points[0]) <= MOST_LABELS:
+                axis.annotate(
+                    f"{y:.2f}",
+                    (x, y),
+                    xytext=(0, 8 if y < 0.9 else -16),  # within the frame
+                    textcoords="offset points",
+                    ha="center",
+                    color=ORANGE,
+                    weight="bold",
+                    bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.7},
+                )
     axis.set(title="Reward and held-out accuracy", ylim=(0, 1.02) if max(values) <= 1 else None)
     axis.legend(loc="lower right")
     steps_axis(axis)
@@ -127,6 +130,7 @@ def length(axis: Axes, lines: Lines) -> None:
         axis.plot(*points, "o", color=ORANGE, markersize=7, label="held-out", zorder=5)
         axis.legend(loc="lower right")
     axis.set(title="Response length", ylabel="tokens")
+    axis.margins(y=0.1)
     axis.set_ylim(bottom=0)
     steps_axis(axis)
 
@@ -151,13 +155,14 @@ def entropy_change(axis: Axes, lines: Lines) -> None:
     )
     # The theory is that of plain gradient descent; Adam's steps are larger by a factor, the slope.
     scale = slopes[-1] if slopes and slopes[-1] > 0 else 1.0
-    label = "predicted" if scale == 1.0 else f"predicted × {scale:,.0f}, the fitted slope"
+    fitted = f"× {scale:,.0f}, the fitted slope" if scale != 1.0 else "(no slope fitted yet)"
+    label = f"predicted {fitted}"
     axis.plot(steps, [scale * p for p in predicted], color=PURPLE, alpha=0.8, label=label)
     steps, realised = column(lines, "entropy_realised")
     axis.plot(steps, realised, "D", color=RED, markersize=5, label="realised, same tokens")
     found = f" (correlation {correlations[-1]:.2f})" if correlations else ""
     axis.set(title=f"Entropy change of a step{found}", ylabel="nats per token")
-    axis.legend(loc="lower right")
+    axis.legend(loc="best")
     steps_axis(axis)
 
 
@@ -251,6 +256,17 @@ def smooth(values: Sequence[float], window: int = 5) -> list[float]:
     half = window // 2
     parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(part) / len(part) for part in parts]
+
+
+def log_scale(axis: Axes, which: Literal["x", "y"]) -> None:
+    """Ticks at 1, 2 and 5 of each decade, in plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set(**{f"{which}scale": "log"})
+    scale = axis.xaxis if which == "x" else axis.yaxis
+    scale.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    scale.set_major_formatter("{x:g}")
+    scale.set_minor_formatter(NullFormatter())
 
 
 def steps_axis(axis: Axes) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.compare import targets
 from common.compare_figure import LOWEST, against
-from common.figures import BLUE, GREY, ORANGE, PURPLE, RED, STYLE, smooth
+from common.figures import BLUE, GREY, ORANGE, PURPLE, RED, STYLE, log_scale, smooth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +53,7 @@ def _overview(plt: Any, table: Sequence[Row], path: Path) -> None:
         _dots(entropy, place, row.values("target"), RED, "|", "target")
     _named_axis(accuracy, table, "Held-out")
     _named_axis(entropy, table, "Entropy (nats per token)", named=False)
-    _log_scale(entropy)
+    log_scale(entropy, "x")
     _trade(trade, table)
     figure.savefig(path)
     plt.close(figure)
@@ -102,16 +102,6 @@ def _named_axis(axis: Axes, table: Sequence[Row], title: str, named: bool = True
         )
 
 
-def _log_scale(axis: Axes) -> None:
-    """Ticks at 1, 2 and 5 of each decade, in plain numbers."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter(NullFormatter())
-
-
 def _trade(axis: Axes, table: Sequence[Row]) -> None:
     """What accuracy costs in entropy; names where there is room for them."""
     spots = [
@@ -120,7 +110,7 @@ def _trade(axis: Axes, table: Sequence[Row]) -> None:
         if (entropy := row.mean("entropy_late")) is not None
         and (accuracy := row.mean("accuracy")) is not None
     ]
-    _log_scale(axis)
+    log_scale(axis, "x")
     axis.set(title="Accuracy against entropy held", xlabel="entropy, mean of the last half")
     axis.set_ylabel("held-out accuracy")
     for _, entropy, accuracy, aimed in spots:
@@ -187,8 +177,7 @@ def _curves(plt: Any, table: Sequence[Row], path: Path) -> None:
         _panel(axis, row, table[0], bottom=place + columns >= len(table), left=not place % columns)
     for axis in axes.flat[len(table) :]:
         axis.set_visible(False)
-    axes[0][0].set_yscale("log")
-    axes[0][0].yaxis.set_major_formatter("{x:g}")
+    log_scale(axes[0][0], "y")
     figure.suptitle(
         f"Policy entropy (nats, log scale; dotted: target; grey: {table[0].name}) and right "
         "answers in training (blue, 0 to 1)",
