@@ -71,7 +71,8 @@ def _list(chosen: list[Made]) -> Table:
         table.add_column(name, justify="right" if right else "left", no_wrap=name == "problem")
     for made in chosen:
         label = f"{made.gold} {made.origin} {AUDIT[made.audit]}".strip()
-        fate = made.state + (f": {made.reason}" if made.reason else "")
+        ended = made.state in ("rejected", "expired")
+        fate = f"{made.state}: {made.reason}" if ended else made.state
         p = "" if made.p is None else f"{made.p:.3f}"
         text = " ".join(made.text.split())
         text = text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"

@@ -67,6 +67,18 @@ def leaks(text: str, gold: str, parent: str) -> bool:
     return bool(whole.search(text.casefold())) and not whole.search(parent.casefold())
 
 
+def in_other_letters(text: str, parent: str) -> bool:
+    """Whether most of its letters are of scripts in which the parent has none."""
+    theirs = {_script(letter) for letter in parent if letter.isalpha()}
+    ours = [_script(letter) for letter in text if letter.isalpha()]
+    return bool(theirs) and 2 * sum(script not in theirs for script in ours) > len(ours)
+
+
 def asks_more(text: str, parent: str) -> bool:
     """Several questions in one: more question marks than the parent has."""
     return text.count("?") > max(1, parent.count("?"))
+
+
+def _script(letter: str) -> str:
+    """LATIN, CYRILLIC, CJK, …: the first word of its name."""
+    return unicodedata.name(letter, "").partition(" ")[0]

@@ -61,6 +61,7 @@ class Made(msgspec.Struct, kw_only=True):
     reason: str = ""
     text: str = ""
     gold: str = ""
+    origin: str = ""  # the stage that the label is of
     source: str = ""
     parent: str = ""
     depth: int = 1
@@ -266,6 +267,7 @@ class Pool:
             return
         made.state, made.reason = record.state, record.reason
         made.text, made.gold = record.text or made.text, record.gold or made.gold
+        made.origin = record.origin or made.origin
         if record.state == "labelled" and record.audit:
             state.audited += 1
             state.wrong += record.audit == "wrong"

@@ -15,13 +15,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from common.errors import DeadlineError
 from common.records import AnyRecord, Drop, Halt, Proposal, Ready
 from learner.config import LearnerConfig
+from learner.inbox import SUSPECT
 from learner.ledger import Ledger
 from learner.prompts.stream import Prompts
 from learner.synthesis.asking import Asking, share
 from learner.synthesis.checks import clusters, leaks
-from learner.synthesis.label import Labeller, Opinion, majority, same
+from learner.synthesis.label import FAULT, Labeller, Opinion, majority, same
 from learner.synthesis.pool import SETTLED, Made, Pool, worn
 from learner.synthesis.reward import diversity, in_band, unusable, worth
 from learner.synthesis.texts import Texts
@@ -30,6 +32,9 @@ log = logging.getLogger("isentrope.synthesis")
 
 LEAST_AUDITED = 8  # labels, before their error is an estimate
 NO_MAJORITY = "no majority"
+OTHER_STAGE = "labelled by another stage"
+ENDED = ("rejected", "expired")
+OF_ITS_OWN = ("", "wrong label")  # what a proposal that is lost is lost for by its own fault
 
 
 class Synthesis:
@@ -52,8 +57,15 @@ class Synthesis:
         self._auditor = Labeller(self._settings.auditor)
         self._pending: set[str] = set()  # proposals whose label is on its way
         self._golds: dict[str, str] = {}  # … and what it is to be once it is audited
+        self.begun = -1  # the step that is trained just now, or was last
         self._seen = -1  # how much of the pool's life `turn` has looked at
         self._said_barren = False
+        if not self._auditor and self._settings.label != "program_verified":
+            log.warning(
+                'labels are "%s" and learner.synthesis.auditor names nobody: how many are wrong '
+                "will not be known, and nothing ends synthesis when many are",
+                self._settings.label,
+            )
 
     def turn(self) -> None:
         """Write every record that is due."""
@@ -83,11 +95,21 @@ class Synthesis:
         self._auditor.close()
 
     def _recheck(self) -> None:
-        """What fitted under the settings of an earlier start need not fit under these."""
+        """What fitted under the settings of an earlier start need not fit under these. Labels of
+        two stages are never in one pool.
+        """
         for made in list(self._pool.state.made.values()):
             waits = made.state in ("extracted", "labelled") and made.score < 0
-            if waits and self._texts.draft(made) is None:
+            if self._is_labelled_otherwise(made):
+                self._retire(made, OTHER_STAGE)
+            elif waits and self._texts.draft(made) is None:
                 self._reject(made, "too long")
+
+    def _is_labelled_otherwise(self, made: Made) -> bool:
+        """By an earlier start with another `label`; or its score ticket was to make the label."""
+        label = self._settings.label
+        asked = made.state == "extracted" and made.score >= 0 and label != "consensus"
+        return asked or (made.origin not in ("", label) and made.state not in ENDED)
 
     def _reject_unknown(self) -> None:
         """Groups that the pool does not know: synthesis was off since their tickets were issued."""
@@ -126,7 +148,7 @@ class Synthesis:
         if reason:
             self._record(made, "rejected", reason, text=text)
         else:
-            self._record(made, "extracted", text=text, parent=asked.parent)
+            self._record(made, "extracted", "passed the checks", text=text, parent=asked.parent)
 
     def _look_for_label(self, made: Made) -> None:
         label = self._settings.label
@@ -138,11 +160,15 @@ class Synthesis:
         elif label == "inherited":
             self._label(Opinion(made.id, self._pool.state.asked[made.ticket].gold))
         else:
-            self._label(Opinion(made.id, self._majority(made)[0], NO_MAJORITY))
+            gold, _, why = self._majority(made)
+            self._label(Opinion(made.id, gold, why or NO_MAJORITY))
 
-    def _majority(self, made: Made) -> tuple[str, float]:
-        """What the answers to it agree on, and the share of the commonest one."""
-        return majority([self._texts.answer(said) for said in made.answers])
+    def _majority(self, made: Made) -> tuple[str, float, str]:
+        """What the answers to it agree on, the share of the commonest one, and why nobody knows."""
+        try:
+            return (*majority([self._texts.answer(said) for said in made.answers]), "")
+        except DeadlineError as error:
+            return "", 0.0, f"{FAULT}: {error}"
 
     def _label(self, opinion: Opinion) -> None:
         made = self._pool.state.made.get(opinion.id)
@@ -157,32 +183,44 @@ class Synthesis:
             self._golds[made.id] = opinion.gold
             self._auditor.ask(made.id, made.text)
         else:
-            self._record(made, "labelled", gold=opinion.gold, origin=self._settings.label)
+            self._is_labelled(made, opinion.gold)
 
     def _audited(self, opinion: Opinion) -> None:
         made, gold = self._pool.state.made.get(opinion.id), self._golds.pop(opinion.id, "")
         if made is None or made.state != "extracted":
             return
         verdict = ("right" if same(opinion.gold, gold) else "wrong") if opinion.gold else ""
-        self._record(made, "labelled", gold=gold, origin=self._settings.label, audit=verdict)
+        self._is_labelled(made, gold, audit=verdict)
+
+    def _is_labelled(self, made: Made, gold: str, audit: str = "") -> None:
+        label = self._settings.label
+        self._record(made, "labelled", label, gold=gold, origin=label, audit=audit)
 
     def _score(self, made: Made) -> None:
-        p = self._majority(made)[1] if self._settings.label == "consensus" else made.found
-        if p is not None:
-            self._record(made, "scored", p=p)
+        p, why = made.found, ""
+        if self._settings.label == "consensus":
+            _, p, why = self._majority(made)
+        if why:
+            self._reject(made, why)
+        elif p is not None:
+            self._record(made, "scored", "answered", p=p)
 
     def _judge(self, made: Made) -> None:
         p = made.p
         assert p is not None, "it was scored"
         if in_band(p, self._settings.accept):
-            self._record(made, "active")
+            self._record(made, "active", "of the accepted difficulty")
         else:
             self._reject(made, "too easy" if p > self._settings.accept[1] else "too hard")
 
     def _reject(self, made: Made, reason: str) -> None:
         self._record(made, "rejected", reason)
 
-    def _record(self, made: Made, state: Any, reason: str = "", **found: Any) -> None:
+    def _retire(self, made: Made, reason: str) -> None:
+        """It is not asked any more, or never."""
+        self._record(made, "expired" if made.state == "active" else "rejected", reason)
+
+    def _record(self, made: Made, state: Any, reason: str, **found: Any) -> None:
         if state in SETTLED:
             self._pending.discard(made.id)
         self._write(
@@ -192,16 +230,24 @@ class Synthesis:
     # ---- the proposer's reward ---------------------------------------------------------------
 
     def _settle(self, id_: int, source: str) -> None:
-        """Everything that a propose ticket proposed is settled: what its rollouts are worth."""
+        """Everything that a propose ticket proposed is settled: what its rollouts are worth. One
+        that nobody could judge is worth what the others are on average: nothing is learned from it.
+        """
         scores = self._rewards(self._pool.of(id_), source)
+        judged = [score for score in scores if score is not None]
         if not self._settings.proposers:
             self._write(Drop(ticket=id_, reason="surplus"))
-        elif len(set(scores)) == 1:
+        elif not judged:
+            self._write(Drop(ticket=id_, reason=FAULT))
+        elif len(set(judged)) == 1:
             self._write(Drop(ticket=id_, reason="zero_variance"))
         else:
-            self._write(Ready(ticket=id_, scores=scores))
+            mean = math.fsum(judged) / len(judged)
+            filled = tuple(mean if score is None else score for score in scores)
+            self._write(Ready(ticket=id_, scores=filled))
 
-    def _rewards(self, made: list[Made], source: str) -> tuple[float, ...]:
+    def _rewards(self, made: list[Made], source: str) -> tuple[float | None, ...]:
+        """None where somebody else failed: a labeller, a regex, the grader of the answers."""
         known = [diversity(each.p) for each in made if each.p is not None]
         mean = math.fsum(known) / len(known) if known else 0.0
         baseline = self._pool.state.baselines.get(source, mean)
@@ -210,14 +256,16 @@ class Synthesis:
             self._reward(each, cluster, baseline) for each, cluster in zip(made, alike, strict=True)
         )
 
-    def _reward(self, made: Made, cluster: float, baseline: float) -> float:
-        settings = self._settings
-        if made.p is not None:
-            return worth(made.p, cluster=cluster, baseline=baseline, config=settings)
+    def _reward(self, made: Made, cluster: float, baseline: float) -> float | None:
+        settings, p = self._settings, made.p
+        if p is None and (made.lost not in OF_ITS_OWN or made.reason.startswith(FAULT)):
+            return None
         if made.reason == NO_MAJORITY and settings.reward == "r_zero":
-            return worth(
-                self._majority(made)[1], cluster=cluster, baseline=baseline, config=settings
-            )
+            _, p, why = self._majority(made)
+            if why:
+                return None
+        if p is not None:
+            return worth(p, cluster=cluster, baseline=baseline, config=settings)
         if made.reason == "duplicate" and settings.reward == "diversity":
             return -settings.duplicate
         return unusable(cluster, settings)
@@ -233,7 +281,7 @@ class Synthesis:
                 f"max_label_error = {settings.max_label_error:g}"
             )
             log.error("synthesis is off from here on: %s; the originals go on", reason)
-            self._write(Halt(reason=reason))
+            self._halt(reason)
         barren = state.barren >= settings.patience
         if barren and not self._said_barren:
             log.warning(
@@ -243,12 +291,22 @@ class Synthesis:
             )
         self._said_barren = barren
 
+    def _halt(self, reason: str) -> None:
+        """From the first step on that has not begun: a batch that is trained on just now was
+        determined before.
+        """
+        t = self._ledger.t
+        self._write(Halt(reason=reason, t=t + (self.begun == t)))
+
     def _clear_up(self) -> None:
-        """Synthesis is off: what is open ends, what the pool holds is not asked any more."""
-        for made in list(self._pool.state.made.values()):
-            if made.state == "active":
-                self._record(made, "expired", "synthesis is off")
-            elif made.state not in SETTLED:
-                self._reject(made, "synthesis is off")
-        for id_ in [id_ for id_, asked in self._pool.state.asked.items() if asked.admitted]:
-            self._write(Drop(ticket=id_, reason="surplus"))
+        """Synthesis is off: what is open ends, what the pool holds is not asked any more. Groups
+        that hang on its labels are the batch rule's to drop, whenever they come.
+        """
+        ledger, state = self._ledger, self._pool.state
+        holds = ledger.halted is not None and ledger.halted <= ledger.t
+        if not holds and ledger.t != self.begun:
+            self._halt(state.halted)  # the step that had begun then never ended: it begins again
+        for made in [made for made in state.made.values() if made.state not in ENDED]:
+            self._retire(made, "synthesis is off")
+        for id_ in [id_ for id_, asked in state.asked.items() if asked.admitted]:
+            self._write(Drop(ticket=id_, reason=SUSPECT))

@@ -4,23 +4,24 @@ words.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
 import msgspec
 import numpy as np
 
+from common.errors import DeadlineError
+from common.patterns import Pattern
 from common.wire import Rollout
 from learner.config import LearnerConfig
 from learner.prompts.chat import Renderer
 from learner.prompts.source import Problem
 from learner.prompts.stream import Draft, Prompts
-from learner.synthesis.checks import Print, asks_more, fingerprint, leaks, near
-from learner.synthesis.label import is_heldout_sum
+from learner.synthesis.checks import Print, asks_more, fingerprint, in_other_letters, leaks, near
+from learner.synthesis.label import FAULT, is_heldout_sum
 from learner.synthesis.pool import Asked, Made, Seed
 
 _REMEMBERED = 2_000  # fingerprints
-LONGEST = 8_192  # characters that a regex of the recipe is given: it runs in the desk's thread
+LONGEST = 8_192  # characters that a regex of the recipe is given
 
 
 class Texts:
@@ -31,9 +32,10 @@ class Texts:
         self._config, self._settings, self._prompts = config, config.synthesis, prompts
         plain = {"instruction": "", "prefill": "", "templates": None}
         self._render = Renderer(msgspec.structs.replace(config.prompts, **plain), prompts.tokenizer)
-        self._stem = re.compile(self._settings.stem) if self._settings.stem else None
-        self._extract = re.compile(self._settings.extract, re.DOTALL)
-        self._answer = re.compile(self._settings.answer)
+        stem, extract = self._settings.stem, self._settings.extract
+        self._stem = Pattern("learner.synthesis.stem", stem) if stem else None
+        self._extract = Pattern("learner.synthesis.extract", extract, across_lines=True)
+        self._answer = Pattern("learner.synthesis.answer", self._settings.answer)
         self._prints: dict[str, Print] = {}
         self._heldout: list[Print] | None = None
 
@@ -45,7 +47,10 @@ class Texts:
 
     def prompt(self, seed: Seed) -> np.ndarray | None:
         """int32 [P]; None: this parent has no stem, or the prompt does not fit."""
-        stem = self._stem_of(seed.text)
+        try:
+            stem = self._stem_of(seed.text)
+        except DeadlineError:
+            return None
         if stem is None:
             return None
         said = self.decode(seed.response)
@@ -61,11 +66,13 @@ class Texts:
 
     def statement(self, rollout: Rollout, asked: Asked) -> tuple[str, str]:
         """The problem in a response, or "" and why there is none."""
-        found = self._extract.search(self.decode(said(rollout))[:LONGEST])
-        proposal = ((found and found.group(1)) or "").strip()
+        try:
+            proposal = (self._extract.find(self.decode(said(rollout))[:LONGEST]) or "").strip()
+            stem = self._stem_of(asked.text) or ""
+        except DeadlineError as error:
+            return "", f"{FAULT}: {error}"
         if not proposal:
             return "", "no problem in it"
-        stem = self._stem_of(asked.text) or ""
         return self._settings.statement.format(proposal=proposal, stem=stem), ""
 
     def objection(self, text: str, made: Made, asked: Asked, others: Iterable[str]) -> str:
@@ -75,6 +82,8 @@ class Texts:
             return "too long"
         if is_heldout_sum(text) or near(known, self._held_out()):
             return "held out"
+        if in_other_letters(text, asked.text):
+            return "another language"
         if asks_more(text, asked.text):
             return "several questions"
         if self._settings.label == "inherited" and leaks(text, asked.gold, asked.text):
@@ -82,9 +91,10 @@ class Texts:
         return "duplicate" if near(known, map(self.print, [*others, asked.text])) else ""
 
     def answer(self, tokens: Sequence[int]) -> str | None:
-        """What a response says, where a label is made of what responses say: at its end."""
-        found = self._answer.search(self.decode(tokens)[-LONGEST:])
-        return found.group(1) if found else None
+        """What a response says, where a label is made of what responses say: at its end. Raises
+        DeadlineError.
+        """
+        return self._answer.find(self.decode(tokens)[-LONGEST:])
 
     def print(self, text: str) -> Print:
         if len(self._prints) >= _REMEMBERED:
@@ -100,10 +110,8 @@ class Texts:
         return self._heldout
 
     def _stem_of(self, text: str) -> str | None:
-        if self._stem is None:
-            return ""
-        found = self._stem.search(text[:LONGEST])
-        return found.group(1) if found else None
+        """Raises DeadlineError."""
+        return "" if self._stem is None else self._stem.find(text[:LONGEST])
 
 
 def said(rollout: Rollout) -> list[int]:
