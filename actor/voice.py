@@ -102,9 +102,7 @@ class Voices:
             raise DataError(f"{voice.place}: {marks.error}")
         return marks.said
 
-    def _fails(
-        self, role: Role, trouble: str, voice: Voice, error: Exception, began: float
-    ) -> str:
+    def _fails(self, role: Role, trouble: str, voice: Voice, error: Exception, began: float) -> str:
         self._tell(f"{role}: {error}")
         paused = self._breakers[voice.place].failed(began, time.monotonic())
         if paused and voice.place not in self._left_alone:
