@@ -17,14 +17,28 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from msgspec.structs import replace
 
 from common import wire
 from common.codec import Codec
 from common.errors import JournalError
 from common.journal import Position
-from common.records import Admit, AnyRecord, Drop, Issue, Ready, Step
+from common.proposals import PREFIX, is_made
+from common.records import (
+    Admit,
+    AnyRecord,
+    ConfigChange,
+    Drop,
+    Finish,
+    Halt,
+    Issue,
+    Open,
+    Proposal,
+    Ready,
+    Step,
+)
 from learner.config import LearnerConfig
-from learner.inbox import select
+from learner.inbox import SUSPECT, select
 from learner.ledger import TERMINAL, Ledger
 from tests.builders import make_group, make_ticket
 
@@ -46,6 +60,9 @@ class Machine(RuleBasedStateMachine):
         self.records: list[tuple[Position, AnyRecord]] = []
         self.kinds: dict[int, wire.Kind] = {}
         self.places: dict[int, str] = {}
+        self.problems: dict[int, str] = {}
+        self.halted: int | None = None  # from this step on nothing that was proposed is trained on
+        self.lives = 1
 
     def tell(self, record: AnyRecord) -> None:
         at = Position("000001-000000", len(self.records))
@@ -56,11 +73,24 @@ class Machine(RuleBasedStateMachine):
     def begin(self) -> None:
         assert self.ledger.sums() == {}
 
-    @rule(target=flying, kind=st.sampled_from(KINDS))
-    def issue(self, kind: wire.Kind) -> int:
+    @rule(target=flying, kind=st.sampled_from(KINDS), made=st.booleans())
+    def issue(self, kind: wire.Kind, made: bool) -> int:
+        """`made`: its problem was proposed."""
         id_ = self.ledger.next_id
-        self.tell(Issue(ticket=make_ticket(id=id_, kind=kind, problem=f"p{id_}", label="e")))
-        self.kinds[id_], self.places[id_] = kind, "in_flight"
+        problem = f"{f'{PREFIX}/' if made and kind in ('main', 'score') else 'p'}{id_}"
+        self.tell(Issue(ticket=make_ticket(id=id_, kind=kind, problem=problem, label="e")))
+        self.kinds[id_], self.places[id_], self.problems[id_] = kind, "in_flight", problem
+        return id_
+
+    @precondition(lambda self: bool(self.ledger.again))
+    @rule(target=flying)
+    def ask_again(self) -> int:
+        """The prompt of a group that went stale, once."""
+        old, id_ = self.ledger.again[0], self.ledger.next_id
+        again = make_ticket(id=id_, kind="main", problem=old.problem, parent=old.id)
+        self.tell(Issue(ticket=again))
+        assert old.id not in [ticket.id for ticket in self.ledger.again]
+        self.kinds[id_], self.places[id_], self.problems[id_] = "main", "in_flight", old.problem
         return id_
 
     @rule(
@@ -68,12 +98,17 @@ class Machine(RuleBasedStateMachine):
         id_=consumes(flying),
         rewards=st.sampled_from([(1, 0), (1, 1), (0, 0)]),
         late=st.integers(0, 3),
+        flaw=st.sampled_from(["", "", "", "verifier_error"]),
     )
-    def admit(self, id_: int, rewards: tuple[int, int], late: int) -> int:
+    def admit(self, id_: int, rewards: tuple[int, int], late: int, flaw: str) -> int:
         if self.places[id_] != "in_flight":  # it was dropped
             return id_
         kind, version = self.kinds[id_], max(0, self.ledger.t - late)
-        group = make_group(rewards, ticket=id_, kind=kind, problem=f"p{id_}", version=version)
+        of = {"ticket": id_, "kind": kind, "problem": self.problems[id_]}
+        group = make_group(rewards, version=version, **of)
+        if flaw:
+            rollouts = tuple(replace(rollout, error="it hung") for rollout in group.rollouts)
+            group = replace(group, rollouts=rollouts)
         self.tell(Admit(ticket=id_, frame=bytes(CODEC.encode(group))))
         self.places[id_] = TERMINAL[kind] if kind in AT_ONCE else "buffered"
         return id_
@@ -88,9 +123,10 @@ class Machine(RuleBasedStateMachine):
 
     @rule(data=st.data(), reason=st.sampled_from(["failed", "surplus"]))
     def drop(self, data: st.DataObject, reason: str) -> None:
-        flying = [id_ for id_, place in self.places.items() if place == "in_flight"]
-        if flying:
-            id_ = data.draw(st.sampled_from(flying))
+        """Also of what came in already, as at the end of a run."""
+        still = [id_ for id_, p in self.places.items() if p in ("in_flight", "buffered")]
+        if still:
+            id_ = data.draw(st.sampled_from(still))
             self.tell(Drop(ticket=id_, reason=reason))
             self.places[id_] = reason
 
@@ -104,6 +140,9 @@ class Machine(RuleBasedStateMachine):
         assert all(age <= CONFIG.max_lag for age in ages)
         main = [id_ for id_ in batch.consumed if self.kinds[id_] == "main"]
         assert len(main) <= CONFIG.groups_per_step
+        if self.halted is not None and batch.t >= self.halted:
+            assert not [id_ for id_ in main if is_made(self.problems[id_])]
+        assert all(reason != SUSPECT or self.halted is not None for _, reason in batch.dropped)
         self.tell(
             Step(
                 t=batch.t,
@@ -114,6 +153,42 @@ class Machine(RuleBasedStateMachine):
             )
         )
         self.places |= dict.fromkeys(batch.consumed, "trained") | dict(batch.dropped)
+
+    @rule(later=st.integers(0, 1))
+    def halt(self, later: int) -> None:
+        """Nothing is proposed any more, and what was is not trained on; said again, the earliest
+        holds."""
+        t = self.ledger.t + later
+        self.tell(Halt(reason="too many wrong labels", t=t))
+        self.halted = t if self.halted is None else min(t, self.halted)
+        assert self.ledger.halted == self.halted
+
+    @rule(
+        record=st.sampled_from(
+            [
+                Proposal(ticket=0, rollout=0, state="extracted", text="1+1?", parent="p0"),
+                Halt(reason="the pool is off"),
+                ConfigChange(t=0, overrides={"learner": {"lr": 1.0}}),
+            ]
+        )
+    )
+    def what_is_said_of_no_ticket_moves_none(self, record: AnyRecord) -> None:
+        before = dict(self.ledger.open), dict(self.ledger.flying), self.ledger.t
+        self.tell(record)
+        assert (dict(self.ledger.open), dict(self.ledger.flying), self.ledger.t) == before
+        if isinstance(record, ConfigChange):
+            assert self.ledger.learner_config == {"lr": 1.0}
+
+    @rule()
+    def finish_and_resume(self) -> None:
+        """A run that ended goes on with the next life."""
+        self.tell(Finish(t=self.ledger.t, reason="solved"))
+        assert self.ledger.finished == "solved"
+        self.restart()
+        assert self.ledger.finished == "solved"
+        self.lives += 1
+        self.tell(Open(run="r", incarnation=self.lives, config={"learner": {}}))
+        assert self.ledger.finished == ""
 
     @rule(data=st.data())
     def what_ended_does_not_happen_again(self, data: st.DataObject) -> None:
