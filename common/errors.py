@@ -6,6 +6,7 @@
     ├── WireError         a message that is malformed or lies; never fatal for who receives it
     ├── JournalError      the run folder: corruption, a second learner, a failed fsync
     ├── WeightsError      a weight version that is missing, cut or not what its digest says
+    │   └── ReplacedError another learner has taken over this run
     ├── EngineError       the generation engine failed (infrastructure: the ticket goes back)
     │   └── EngineAway    there is none just now, another is being made: the ticket is as it was
     ├── RankError         another process of the same learner is gone
@@ -46,6 +47,10 @@ class JournalError(IsentropeError):
 
 
 class WeightsError(IsentropeError):
+    pass
+
+
+class ReplacedError(WeightsError):
     pass
 
 

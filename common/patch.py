@@ -22,7 +22,7 @@ import numpy as np
 import zstandard
 
 from common.errors import WeightsError
-from common.versions import Tensor
+from common.versions import TensorLike
 
 ITEM_BYTES = 2  # of the dtypes that can be patched
 _HEAD = struct.Struct("<QIII")
@@ -41,14 +41,14 @@ class Sizes(NamedTuple):
 USUAL = Sizes()
 
 
-def fits(tensors: Sequence[Tensor]) -> bool:
+def fits(tensors: Sequence[TensorLike]) -> bool:
     """Whether versions of these can be patched: 16 bits an element."""
     return bool(tensors) and all(tensor.dtype in ("BF16", "F16") for tensor in tensors)
 
 
 def make(
-    base: Sequence[Tensor],
-    result: Sequence[Tensor],
+    base: Sequence[TensorLike],
+    result: Sequence[TensorLike],
     firsts: Sequence[int],
     most: int,
     sizes: Sizes = USUAL,
@@ -83,7 +83,7 @@ def apply(patch: memoryview, onto: np.ndarray) -> int:
 
 
 def _changes(
-    base: Sequence[Tensor], result: Sequence[Tensor], firsts: Sequence[int], size: int
+    base: Sequence[TensorLike], result: Sequence[TensorLike], firsts: Sequence[int], size: int
 ) -> Iterator[Changes]:
     for old, new, first in zip(base, result, firsts, strict=True):
         before, after = np.frombuffer(old.data, _VALUE), np.frombuffer(new.data, _VALUE)

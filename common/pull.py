@@ -14,7 +14,7 @@ are the patch, and the version is made from its base:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,16 @@ from common import patch
 from common.errors import WeightsError
 from common.receive import Unfinished, room_for
 from common.stores import Source, Store
-from common.versions import Blob, Entry, Manifest, Registry, Tensor, Weights, begin_digest
+from common.versions import (
+    Blob,
+    Entry,
+    Manifest,
+    Registry,
+    Tensor,
+    TensorLike,
+    Weights,
+    begin_digest,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +50,7 @@ class _Origin(NamedTuple):
 
 
 def put_version(
-    store: Store, version: int, digest: str, tensors: Sequence[Tensor]
+    store: Store, version: int, digest: str, tensors: Sequence[TensorLike]
 ) -> tuple[tuple[Entry, ...], tuple[Blob, ...]]:
     """Lay the bytes of a version into the store; what its manifest says of them comes back.
 
@@ -152,8 +161,8 @@ def _chain(
 
 def _copied(own: Weights, manifest: Manifest) -> memoryview:
     """One's own version as bytes laid out as the manifest says: others still read the original."""
-    entries, pieces = lay_out(own.tensors)
-    if (entries, sum(map(len, pieces))) != (manifest.tensors, manifest.nbytes):
+    entries, _ = lay_out(own.tensors)
+    if (entries, size_of(entries)) != (manifest.tensors, manifest.nbytes):
         raise WeightsError(f"version {own.version} at hand has other tensors")
     buffer = np.frombuffer(room_for(manifest, manifest.nbytes), np.uint8)
     for tensor, entry in zip(own.tensors, manifest.tensors, strict=True):
@@ -235,7 +244,7 @@ def _manifest(origin: _Origin, version: int) -> Manifest:
     return manifest
 
 
-def _put(store: Store, name: str, pieces: Sequence[memoryview]) -> tuple[Blob, ...]:
+def _put(store: Store, name: str, pieces: Iterable[memoryview]) -> tuple[Blob, ...]:
     blobs = []
     for index, group in enumerate(_cut(pieces, store.blob_bytes)):
         blob = Blob(key=f"{name}-{index}", nbytes=sum(map(len, group)))
@@ -244,31 +253,35 @@ def _put(store: Store, name: str, pieces: Sequence[memoryview]) -> tuple[Blob, .
     return tuple(blobs)
 
 
-def lay_out(tensors: Sequence[Tensor]) -> tuple[tuple[Entry, ...], list[memoryview]]:
-    """Entries, and the bytes in pieces: each tensor, and the zeros up to the next one."""
-    entries: list[Entry] = []
-    pieces: list[memoryview] = []
+def lay_out(tensors: Sequence[TensorLike]) -> tuple[tuple[Entry, ...], Iterator[memoryview]]:
+    """Entries, and the bytes in pieces: each tensor, and the zeros up to the next one. A tensor's
+    bytes are asked for when it is its turn.
+    """
+    ordered = sorted(tensors, key=lambda tensor: tensor.name)
+    entries, at = [], 0
+    for t in ordered:
+        at += -at % ALIGNMENT
+        entries.append(Entry(name=t.name, dtype=t.dtype, shape=t.shape, offset=at, nbytes=t.nbytes))
+        at += t.nbytes
+    return tuple(entries), _pieces(ordered, entries)
+
+
+def size_of(entries: Sequence[Entry]) -> int:
+    """Bytes of a version that is laid out so."""
+    return entries[-1].offset + entries[-1].nbytes if entries else 0
+
+
+def _pieces(tensors: Sequence[TensorLike], entries: Sequence[Entry]) -> Iterator[memoryview]:
     at = 0
-    for tensor in sorted(tensors, key=lambda tensor: tensor.name):
-        if gap := -at % ALIGNMENT:
-            pieces.append(memoryview(bytes(gap)))
-            at += gap
-        data = tensor.data.cast("B") if tensor.data.nbytes else memoryview(b"")
-        entries.append(
-            Entry(
-                name=tensor.name,
-                dtype=tensor.dtype,
-                shape=tensor.shape,
-                offset=at,
-                nbytes=len(data),
-            )
-        )
-        pieces.append(data)
-        at += len(data)
-    return tuple(entries), pieces
+    for tensor, entry in zip(tensors, entries, strict=True):
+        if gap := entry.offset - at:
+            yield memoryview(bytes(gap))
+        at = entry.offset + entry.nbytes
+        if entry.nbytes:
+            yield tensor.data.cast("B")
 
 
-def _cut(pieces: Sequence[memoryview], most: int) -> Iterator[list[memoryview]]:
+def _cut(pieces: Iterable[memoryview], most: int) -> Iterator[list[memoryview]]:
     """The pieces in the same order, in groups of exactly `most` bytes but for the last."""
     group: list[memoryview] = []
     room = most

@@ -22,13 +22,13 @@ import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import msgspec
 import redis
 import xxhash
 
-from common.errors import WeightsError
+from common.errors import ReplacedError, WeightsError
 from common.softstate import SoftState
 
 
@@ -39,6 +39,27 @@ class Tensor(NamedTuple):
     dtype: str  # safetensors' names: "F32", "BF16", "F16", …
     shape: tuple[int, ...]
     data: memoryview  # contiguous little-endian bytes
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+
+class TensorLike(Protocol):
+    """A tensor to publish. Its bytes may be somewhere else until they are asked for: ask once, and
+    keep them no longer than needed.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def data(self) -> memoryview: ...
 
 
 class Weights(NamedTuple):
@@ -96,7 +117,7 @@ class Stamp(NamedTuple):
     digest: str
 
 
-def digest(tensors: Sequence[Tensor]) -> str:
+def digest(tensors: Sequence[TensorLike]) -> str:
     """xxh3-128 over (name, dtype, shape) of all tensors, then their bytes, both in name order."""
     ordered = sorted(tensors, key=lambda tensor: tensor.name)
     content = begin_digest([(t.name, t.dtype, t.shape) for t in ordered])
@@ -173,18 +194,18 @@ class Registry(SoftState):
         self._hints: Any = None
 
     def fence(self, incarnation: int) -> None:
-        """From now on lower incarnations are refused. Raises WeightsError when this one is."""
+        """From now on lower incarnations are refused. Raises ReplacedError when this one is."""
         with self.asking("raise the fence"):
             held = self.client.eval(_FENCE, 1, self.key("fence"), str(incarnation))
         if held:
-            raise WeightsError(_fenced(incarnation, cast("int", held)))
+            raise ReplacedError(_fenced(incarnation, cast("int", held)))
 
     def publish(self, manifest: Manifest) -> None:
         """Manifest and latest in one transaction; the blobs are in the store already.
 
-        The same (version, digest) again changes nothing. Raises WeightsError for a learner behind
-        the fence, and for a step back or a second digest without a new incarnation. A newer learner
-        may do both: what its predecessor published from that version on ceases to exist.
+        The same (version, digest) again changes nothing. Raises ReplacedError for a learner behind
+        the fence, WeightsError for a step back or a second digest without a new incarnation. A
+        newer learner may do both: what its predecessor published from there on ceases to exist.
         """
         names = ("fence", "latest", "manifests", "digests", "hint")
         version, inner = str(manifest.version), msgspec.msgpack.encode(manifest)
@@ -193,7 +214,7 @@ class Registry(SoftState):
             reply = self.client.eval(_PUBLISH, len(names), *map(self.key, names), *arguments)
         verdict, detail = (part.decode() for part in cast("list[bytes]", reply))
         if verdict == "fenced":
-            raise WeightsError(_fenced(manifest.incarnation, int(detail)))
+            raise ReplacedError(_fenced(manifest.incarnation, int(detail)))
         if verdict == "back":
             raise WeightsError(f"version {version} would go back behind version {detail}")
         if verdict == "digest":
@@ -259,11 +280,11 @@ class Registry(SoftState):
                 pipe.execute()
 
     def serve(self, incarnation: int, endpoint: str) -> None:
-        """Say where this learner serves its blobs. Raises WeightsError behind the fence."""
+        """Say where this learner serves its blobs. Raises ReplacedError behind the fence."""
         keys = (self.key("fence"), self.key("served"))
         with self.asking("say where blobs are served"):
             if not self.client.eval(_SERVE, 2, *keys, str(incarnation), endpoint):
-                raise WeightsError(f"learner incarnation {incarnation} is behind the fence")
+                raise ReplacedError(f"learner incarnation {incarnation} is behind the fence")
 
     def served(self) -> str | None:
         """The endpoint at which the newest learner serves its blobs; None: nobody does."""

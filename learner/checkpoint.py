@@ -270,11 +270,26 @@ class _Pieces:
 
 
 def _check_model(folder: Path, state: TrainState) -> None:
+    """Raises DataError for the checkpoint of a learner that trains something else."""
+    pieces = _Pieces(folder)
     wanted = {name: tuple(p.shape) for name, p in state.masters.items()}
-    found = _Pieces(folder).shapes()
-    if wanted != found:
-        odd = sorted(set(wanted.items()) ^ set(found.items()))[0]
-        raise DataError(f"{folder}: made from another model ({odd[0]} {odd[1]})")
+    found = pieces.shapes()
+    alike = wanted.keys() & found.keys()
+    odd = sorted(name for name in alike if wanted[name] != found[name])
+    if odd or not alike:
+        first = odd[0] if odd else min(found, default="no tensor")
+        raise DataError(f"{folder}: made from another model ({first} {found.get(first)})")
+    if wanted.keys() != found.keys():
+        raise DataError(
+            f"{folder}: it was made while {len(found)} tensors were trained, and here are "
+            f"{len(wanted)}; resume with the learner.kappa_tune that the run had"
+        )
+    kinds = {name.partition("/")[0] for name in pieces.names(shards.MOMENTS) if "/" in name}
+    if kinds and ("exp_avg" in kinds) != isinstance(state.optimizer, torch.optim.AdamW):
+        raise DataError(
+            f"{folder}: its moments are another optimiser's; resume with the learner.classp that "
+            "the run had"
+        )
 
 
 def _verify(folder: Path) -> None:

@@ -30,8 +30,10 @@ class Order(IntEnum):
     MAKE = 2  # version 0 of the run's model
     LOAD = 3  # a checkpoint
     STEP = 4
-    SNAPSHOT = 5  # show your shards, one parameter after the other
+    SNAPSHOT = 5  # keep your slices as they are to be published
     SAVE = 6  # write your shard of a checkpoint
+    SHOW = 7  # your slice of one tensor that is to be published
+    EXPORT = 8  # show your slices of all parameters, one after the other
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import msgspec
 
 from common import journal
 from common.config import RunConfig
-from common.errors import DataError, JournalError
+from common.errors import JournalError
 from common.journal import Position
 from common.records import AnyRecord, ConfigChange, Open, Step
 from common.runfolder import RunFolder
@@ -62,7 +62,8 @@ def catch_up(
 
     `from_start` ignores checkpoints. `override` trains with `config` instead of what the journal
     says, and compares nothing. Raises JournalError when a step does not come out as it was
-    recorded. `on_batch` may do with the state what it likes if it leaves it as it was.
+    recorded, DataError when a checkpoint is of something else. `on_batch` may do with the state
+    what it likes if it leaves it as it was.
     """
     found = None if from_start else _from_checkpoint(folder, run, config)
     past, start = found or (Past(make_state(run, config), _ledger(run, config), config), None)
@@ -103,7 +104,7 @@ def _from_checkpoint(
         state = make_state(run, config)
         try:
             data = checkpoint.load(path, state)
-        except (DataError, JournalError) as error:
+        except JournalError as error:
             log.warning("checkpoint %s is not usable (%s); taking the one before", path.name, error)
             continue
         fold = Ledger.peek(data)

@@ -19,7 +19,7 @@ from common.errors import RankError
 from common.process import kill_session, spawn
 from learner.config import STORE_VARIABLE
 
-PATIENCE_S = 30.0  # from the end of the first rank that failed: the others notice it themselves
+PATIENCE_S = 10.0  # from the end of the first rank that failed: the others notice it themselves
 
 _Ended = queue.SimpleQueue[int]
 

@@ -10,8 +10,8 @@
 Of many ranks (learner/ranks.py) this is rank 0's day; the others do what it says.
 
 What it waits for, and who ends the wait: `take` for enough usable groups (actors; a stop signal);
-`_evaluate` for the answers to eval tickets (actors; a stop signal); `publish` for Redis (its
-deadline: a step's version is then left to `ensure`). With no actor it waits for one.
+`_evaluate` for the answers to eval tickets (actors; a stop signal); `offer` for Redis (a moment:
+the version is then left to `ensure`). With no actor it waits for one.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _over(batch: Selection) -> str:
 def _publish(it: Learner) -> None:
     """What this process starts from, under its own incarnation."""
     tensors = model.snapshot(it.state.model, it.run.weights_dtype)
-    it.publisher.publish(it.state.t, it.state.t, tensors, digest(tensors))
+    it.publisher.offer(it.state.t, it.state.t, tensors, digest(tensors))
     it.desk.announce(it.state.t)
 
 

@@ -22,13 +22,13 @@ from common import models
 from common.config import RunConfig
 from common.errors import DataError
 from common.versions import Tensor as Blob
-from learner import attention, head, shard
+from common.versions import TensorLike
+from learner import attention, head, shard, slices
 from learner.batch import Micro
 from learner.comm import Comm, Order
 from learner.config import LearnerConfig
 from learner.quick import quicken
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Settings that change logits after the head; none of them is part of our head.
 _LOGIT_TRICKS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
@@ -47,6 +47,7 @@ class Policy(nn.Module):
         if config.ranks is not None and config.ranks.recompute:
             shard.recompute(self.net)
         self._chunk, self._amp = config.head_chunk, config.dtype == "bf16"
+        self.shelf = slices.Shelf()  # of many ranks: this one's slices of what is published
 
     @property
     def config(self) -> Any:
@@ -146,26 +147,24 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in sorted(root.named_parameters()) if p.requires_grad}
 
 
-def snapshot(model: nn.Module, dtype: Literal["fp32", "bf16"]) -> tuple[Blob, ...]:
+def snapshot(model: Policy, dtype: Literal["fp32", "bf16"]) -> tuple[TensorLike, ...]:
     """The trainable tensors as bytes, sorted by name; a copy that later steps do not touch.
 
-    Of many ranks rank 0 calls it and gets it; the others `show`.
+    Of many ranks rank 0 calls it, and the copy stays in slices (learner/slices.py).
     """
-    Comm.current().say(Order.SNAPSHOT, dtype.encode())
-    code = "F32" if dtype == "fp32" else "BF16"
+    shown = trainable(model)
+    if slices.is_cut(shown):
+        return slices.take(shown, dtype, model.shelf)
     blobs = []
-    for name, copy in _gathered(trainable(model), _DTYPES[dtype]):
+    for name, copy in _gathered(shown, slices.DTYPES[dtype]):
         data = copy.reshape(-1).view(torch.uint8).numpy().data.toreadonly()
-        blobs.append(Blob(name, code, tuple(copy.shape), data))
+        blobs.append(Blob(name, slices.CODES[dtype], tuple(copy.shape), data))
     return tuple(blobs)
 
 
-def show(model: Policy, dtype: str) -> None:
-    """Any other rank's part of a snapshot, or with "whole" of an export: it never holds more than
-    one whole tensor.
-    """
-    shown = dict(model.net.named_parameters()) if dtype == "whole" else trainable(model)
-    for _ in _gathered(shown, _DTYPES.get(dtype, torch.float32)):
+def show_all(model: Policy) -> None:
+    """Any other rank's part of an export: it never holds more than one whole tensor."""
+    for _ in _gathered(dict(model.net.named_parameters()), torch.float32):
         pass
 
 
@@ -200,7 +199,7 @@ def _whole_state(net: nn.Module) -> dict[str, Tensor] | None:
     comm = Comm.current()
     if comm.world_size == 1:
         return None
-    comm.say(Order.SNAPSHOT, b"whole")
+    comm.say(Order.EXPORT)
     state = {
         name: buffer for name, buffer in net.state_dict().items() if not buffer.is_floating_point()
     }

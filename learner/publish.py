@@ -4,8 +4,8 @@ With 16-bit weights a version is a patch of the one before it, where that is sma
 `snapshot_every` versions, and whenever an actor could not use a patch, it is whole. What a patch
 leans on stays as long as the patch does.
 
-Redis is soft state. When it is away, publishing is tried again up to a deadline; when it comes
-back empty, `ensure` publishes what this learner published last, whole.
+Redis is soft state. A learner waits a moment for one that is away, and then goes on: `ensure`
+publishes its newest version, whole, when Redis is back, also when it comes back empty.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from common import patch
-from common.errors import DeadlineError, WeightsError
+from common.errors import DeadlineError, ReplacedError, WeightsError
 from common.failpoints import Failpoint
-from common.pull import lay_out, put_patch, put_version
+from common.pull import lay_out, put_patch, put_version, size_of
 from common.stores import Store
-from common.versions import Blob, Entry, Manifest, Registry, Tensor
+from common.versions import Blob, Entry, Manifest, Registry, TensorLike
 
 log = logging.getLogger("isentrope.publish")
 
-PATIENCE_S = 120.0  # with a Redis that is away
+PATIENCE_S = 2.0  # with a Redis that is away: it may only be started again
 ENSURE_S = 1.0  # between two looks at Redis
 AWAY_S = 5.0  # after a look that nobody answered
 PATCH_SHARE = 0.5  # of the whole version: a patch is not larger …
@@ -35,7 +35,7 @@ CHAIN_SHARE = 1.0  # … nor are all that a version is made of, for whoever join
 class _Version(NamedTuple):
     version: int
     step: int
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[TensorLike, ...]
     digest: str
     base: int
 
@@ -71,7 +71,6 @@ class Publisher:
         self.store = store
         self.incarnation = incarnation
         self.keep = max(1, keep)
-        self.patience_s = patience_s
         self.snapshot_every = snapshot_every
         self._meanwhile = meanwhile
         self._fail = failpoint
@@ -79,15 +78,22 @@ class Publisher:
         self._chain: list[Manifest] = []  # what the newest version is made of, a full one first
         self._said_off = False
         self._look_at = 0.0  # when to look at Redis again
+        self.trouble = ""  # why the newest version is not published, in one line
+        self._patience_s = self._patience_left_s = patience_s
 
     def publish(
-        self, version: int, step: int, tensors: tuple[Tensor, ...], digest: str, base: int = -1
+        self,
+        version: int,
+        step: int,
+        tensors: tuple[TensorLike, ...],
+        digest: str,
+        base: int = -1,
     ) -> None:
         """Returns when every actor can have it. The tensors' bytes must not change from now on.
 
         `base`: the version that has the tensors which these lack (-1: none is lacking).
-        Raises DeadlineError when Redis stays away (`ensure` will make up for it), and WeightsError
-        when this learner has been replaced.
+        Raises DeadlineError when Redis stays away (`ensure` will make up for it), WeightsError when
+        Redis or a disk refuses, ReplacedError when another learner has taken over.
         """
         new = _Version(version, step, tensors, digest, base)
         change = self._patch(new)
@@ -96,39 +102,61 @@ class Publisher:
         self._patiently("retire old versions", self._sweep)
 
     def offer(
-        self, version: int, step: int, tensors: tuple[Tensor, ...], digest: str, base: int = -1
+        self,
+        version: int,
+        step: int,
+        tensors: tuple[TensorLike, ...],
+        digest: str,
+        base: int = -1,
     ) -> bool:
-        """`publish`, by one who goes on when Redis stays away: False, and `ensure` makes up for it.
+        """`publish`, by one who goes on without it: False, and `ensure` makes up for it.
 
-        Raises WeightsError when this learner has been replaced.
+        Raises ReplacedError, and WeightsError when the very first version is refused.
         """
         try:
             self.publish(version, step, tensors, digest, base)
-        except DeadlineError as error:
-            log.error("going on; version %d is published when Redis is back: %s", version, error)
+        except (DeadlineError, WeightsError) as error:
+            self._go_on(error)
+            self._patience_left_s = 0.0  # once is enough until it is over
             return False
+        self._recover()
         return True
 
     def ensure(self) -> None:
         """Publish again what Redis lost, and whole what an actor could not make. Cheap and patient:
-        made to be called often, silent when Redis is away.
-
-        Raises WeightsError when this learner has been replaced.
+        made to be called often, silent while Redis stays away. Raises like `offer`.
         """
         if not self._held or time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + ENSURE_S
         try:
             if self._is_lost():
-                log.warning("Redis lost version %d: publishing it again", max(self._held))
+                log.warning("Redis has no version %d: publishing it again", max(self._held))
                 for version in sorted(self._held):
                     self._put(version, Failpoint())
                 self.registry.full_wanted()  # granted
             elif self._is_wanted_whole(max(self._held)):
                 self._put(max(self._held), Failpoint())
-        except DeadlineError as error:
+        except (DeadlineError, WeightsError) as error:
             self._look_at = time.monotonic() + AWAY_S
-            log.warning("%s", error)
+            self._go_on(error)
+        else:
+            self._recover()
+
+    def _recover(self) -> None:
+        self.trouble, self._patience_left_s = "", self._patience_s
+
+    def _go_on(self, error: DeadlineError | WeightsError) -> None:
+        """One line for as long as it lasts. Raises an error that will not pass: another learner, or
+        a password or a folder that never was right.
+        """
+        is_refused = isinstance(error, WeightsError) and not self._chain
+        if isinstance(error, ReplacedError) or is_refused:
+            raise error
+        newest = max(self._held)
+        if not self.trouble:
+            log.error("going on; version %d is published when that is over: %s", newest, error)
+        self.trouble = f"version {newest} is not published yet: {error}"
 
     def _patch(self, new: _Version) -> _Patch | None:
         """None: the version is better published whole."""
@@ -173,7 +201,7 @@ class Publisher:
         stamp = self.registry.stamp()
         newest = self._held[max(self._held)]
         if stamp is not None and stamp.incarnation > self.incarnation:
-            raise WeightsError(
+            raise ReplacedError(
                 f"learner incarnation {stamp.incarnation} has taken over this run; end this process"
             )
         if stamp is None or (stamp.version, stamp.digest) != (newest.version, newest.digest):
@@ -186,13 +214,12 @@ class Publisher:
         it = self._held[version]
         entries, blobs, base = self._put_blobs(it, change)
         fail("after_blobs")
-        last = entries[-1] if entries else None
         manifest = Manifest(
             version=it.version,
             step=it.step,
             digest=it.digest,
             dtype="+".join(sorted({tensor.dtype for tensor in it.tensors})),
-            nbytes=last.offset + last.nbytes if last else 0,
+            nbytes=size_of(entries),
             tensors=entries,
             blobs=blobs,
             incarnation=self.incarnation,
@@ -248,30 +275,22 @@ class Publisher:
         self.store.delete([key for key in self.store.list() if key not in needed])
 
     def _patiently(self, what: str, work: Callable[[], None]) -> None:
-        patiently(what, work, self.patience_s, self._meanwhile)
+        """Do `work` again until Redis answers. Raises DeadlineError when it stays away."""
+        deadline = time.monotonic() + self._patience_left_s
+        for attempt in itertools.count(1):
+            try:
+                return work()
+            except DeadlineError as error:
+                if time.monotonic() > deadline:
+                    raise DeadlineError(
+                        f"could not {what} in {attempt} attempts: {error}"
+                    ) from None
+                if attempt == 1:
+                    log.warning("could not %s, trying again: %s", what, error)
+                self._meanwhile()
+            time.sleep(min(1.0, 0.05 * 2**attempt))  # a dead Redis gives no sign when it is back
 
 
-def patiently(
-    what: str,
-    work: Callable[[], None],
-    patience_s: float = PATIENCE_S,
-    meanwhile: Callable[[], None] = lambda: None,
-) -> None:
-    """Do `work` again until Redis answers, and `meanwhile` after each failure. Raises DeadlineError
-    when it stays away.
-    """
-    deadline = time.monotonic() + patience_s
-    for attempt in itertools.count(1):
-        try:
-            return work()
-        except DeadlineError as error:
-            if time.monotonic() > deadline:
-                raise DeadlineError(f"could not {what} in {attempt} attempts: {error}") from None
-            log.warning("attempt %d to %s failed, trying again: %s", attempt, what, error)
-            meanwhile()
-        time.sleep(min(1.0, 0.05 * 2**attempt))  # a dead Redis gives no sign when it is back
-
-
-def _sorted(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _sorted(tensors: Sequence[TensorLike]) -> list[TensorLike]:
     """As they lie in a version."""
     return sorted(tensors, key=lambda tensor: tensor.name)

@@ -7,8 +7,9 @@
 
 Whoever waits, waits for another rank: for `timeout_s` at most, and not at all when its process is
 gone, since its connections are. While rank 0 waits for groups it asks twice a second whether all
-are there. So when one rank is lost the others end with one line that says so, and the run goes on
-with --resume, on as many ranks as there are then. The run folder must be one that all ranks see.
+are there. So when one rank is lost, or hangs, the others end with one line that names it, and the
+run goes on with --resume, on as many ranks as there are then. The run folder must be one that all
+ranks see.
 
 On CPUs gloo carries everything. On GPUs NCCL carries what is sharded, and gloo the orders.
 """
@@ -19,6 +20,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,19 +28,21 @@ from pathlib import Path
 
 import torch
 from torch import distributed
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from common.config import RunConfig
 from common.errors import RankError
 from common.process import die_with_parent
-from learner import checkpoint, model
+from learner import checkpoint, model, slices
 from learner.comm import Comm, Order
 from learner.config import STORE_VARIABLE, LearnerConfig, RanksConfig
 from learner.state import TrainState, make_alike
 from learner.step import follow_step
 
 log = logging.getLogger("isentrope.ranks")
+
+LAST_WORDS_S = 2.0  # for the others to say that they end too; who says nothing is the lost one
 
 # What errors of a connection say; torch has no class for those of gloo.
 _LOST = ("gloo", "nccl", "connection", "timed out", "timeout", "tcpstore")
@@ -55,8 +59,9 @@ def session(config: LearnerConfig) -> Iterator[Comm]:
         return
     if distributed.is_torchelastic_launched():
         die_with_parent()  # torchrun gives each rank a session of its own
+    store: Store | None = None
     try:
-        _join(config)
+        store = _join(config)
         comm = Comm.current()
         yield comm
         comm.say(Order.STOP)
@@ -65,8 +70,9 @@ def session(config: LearnerConfig) -> Iterator[Comm]:
         if not any(mark in said.lower() for mark in _LOST):
             raise
         why = said.partition("] ")[2] if said.startswith("[") else said  # "[file:line] words"
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         raise RankError(
-            f"another rank of the learner is lost, so rank {os.environ['RANK']} ends "
+            f"{_lost(store, rank, world_size)} of the learner is lost, so rank {rank} ends "
             f"({why.split('. ')[0]}); go on with --resume, on any number of ranks"
         ) from None
     finally:
@@ -74,7 +80,31 @@ def session(config: LearnerConfig) -> Iterator[Comm]:
             distributed.destroy_process_group()
 
 
-def _join(config: LearnerConfig) -> None:
+def _lost(store: Store | None, rank: int, world_size: int) -> str:
+    """Who it is: the one that does not say that it ends too. "another rank" where nobody knows."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()  # who waits for this rank need not wait any longer
+    silent = _silent(store, rank, world_size) if store is not None else []
+    if not silent:
+        return "another rank"
+    return f"rank {silent[0]}" if len(silent) == 1 else f"each of the ranks {silent}"
+
+
+def _silent(store: Store, rank: int, world_size: int) -> list[int]:
+    """Empty, too, when the store went with the machine that had it."""
+    silent = set(range(world_size)) - {rank}
+    until = time.monotonic() + LAST_WORDS_S
+    try:
+        store.set(f"ends-{rank}", "")
+        while silent and time.monotonic() < until:
+            silent -= {other for other in silent if store.check([f"ends-{other}"])}
+            time.sleep(0.05)  # torch complains in two lines of its own when a wait ends in vain
+    except RuntimeError:
+        return []
+    return sorted(silent)
+
+
+def _join(config: LearnerConfig) -> Store:
     backend = "gloo"
     if model.device(config).type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -90,12 +120,13 @@ def _join(config: LearnerConfig) -> None:
         for library in ("GLOO", "NCCL"):
             loopback = "lo0" if sys.platform == "darwin" else "lo"
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback)
-        # torchrun's store outlives the ranks: those started again must not find the old addresses
-        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = PrefixStore(f"life-{life}", store)
+    # torchrun's store outlives the ranks: those started again must not find the old addresses
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"life-{life}", store)
     distributed.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=timeout
     )
+    return store
 
 
 def follow(run: RunConfig, config: LearnerConfig, comm: Comm) -> None:
@@ -126,7 +157,11 @@ def _do(order: Order, facts: bytes, state: TrainState, comm: Comm) -> None:
         case Order.STEP:
             follow_step(state, facts, comm)
         case Order.SNAPSHOT:
-            model.show(state.model, facts.decode())
+            slices.keep(model.trainable(state.model), facts, state.model.shelf)
+        case Order.SHOW:
+            slices.show(facts, state.model.shelf)
+        case Order.EXPORT:
+            model.show_all(state.model)
         case Order.LOAD:
             checkpoint.load_slices(Path(os.fsdecode(facts)), state)
         case Order.SAVE:

@@ -39,6 +39,7 @@ class Report:
         self, folder: RunFolder, registry: Registry, config: LearnerConfig, ledger: Ledger, t: int
     ) -> None:
         self.phase: Phase = "starting"
+        self.trouble = ""  # what keeps versions from the actors, in one line
         self._folder = folder
         self._registry = registry
         self._config = config
@@ -98,6 +99,7 @@ class Report:
 
     def _show(self, desk: Desk, t: int) -> None:
         status = picture(self._course, desk, t, self.phase, self._doubt.words)
+        status.warnings += [self.trouble] if self.trouble else []
         self._file.write(status, force=True)
         self._registry.live("learner", encode(status))
 

@@ -30,8 +30,8 @@ from learner.desk import Desk
 from learner.history import Past, catch_up, this_machine
 from learner.prompts.episodes import Episodes
 from learner.prompts.source import open_source
-from learner.prompts.stream import Prompts
-from learner.publish import Publisher, patiently
+from learner.prompts.stream import Prompts, room_for_prompts
+from learner.publish import Publisher
 from learner.report import Report
 from learner.step import TrainState
 
@@ -60,6 +60,7 @@ class Learner:
         """
         self.comm.beat()
         self.publisher.ensure()
+        self.report.trouble = self.publisher.trouble
         self.report.live(self.desk, self.state.t)
         return self.stop.is_set()
 
@@ -80,7 +81,6 @@ def wire(
     registry = Registry(run.redis, folder.run_id)
     if registry.unguarded:
         log.warning("%s", registry.unguarded)
-    patiently("take over the run", lambda: registry.fence(incarnation), meanwhile=comm.beat)
     publisher = _publisher(run, config, registry, incarnation, fail, comm, stack)
     desk = Desk(
         socket,
@@ -111,12 +111,7 @@ def _prompts(run: RunConfig, config: LearnerConfig) -> tuple[Prompts, int]:
     """The prompt stream, and the size of the model's vocabulary."""
     source = open_source(config.prompts, run.seed)
     network, tokenizer = model.load(run, config)
-    room = model.max_length(network) - config.max_tokens
-    if room < 1:
-        raise ConfigError(
-            f"learner.max_tokens = {config.max_tokens}: the model's context is "
-            f"{model.max_length(network)} tokens, prompt included; take less"
-        )
+    room = room_for_prompts(model.max_length(network), config.max_tokens)
     prompts = Prompts(
         source,
         config.prompts,

@@ -9,6 +9,7 @@ import torch
 
 from common.config import RunConfig
 from common.errors import DataError, JournalError
+from common.models import FOLDER_VARIABLE
 from learner import checkpoint
 from learner import model as models
 from learner.config import LearnerConfig
@@ -16,6 +17,7 @@ from learner.methods.entropy_bonus import EntropyBonus
 from learner.model import Policy
 from learner.state import TrainState, state_of
 from learner.step import train_step
+from learner.tuning import ClasspConfig, KappaConfig
 from tests.builders import tiny_model
 from tests.test_step import a_batch
 
@@ -99,6 +101,26 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "c", fresh(vocab=40), FOLD)
     with pytest.raises(DataError, match=r"another model.*embed_tokens"):
         checkpoint.load(tmp_path / "c", fresh())
+
+
+@pytest.mark.parametrize(
+    ("then", "words"),
+    [
+        ({"kappa_tune": KappaConfig(tensors=2)}, r"made while \d+ tensors were trained.*are 2"),
+        ({"classp": ClasspConfig()}, "moments are another optimiser's"),
+    ],
+)
+def test_a_learner_that_trains_something_else_is_told_what_to_resume_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: dict[str, Any], words: str
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "models"))
+    state = fresh()
+    train_step(state, a_batch(), LearnerConfig(warmup_steps=0))
+    checkpoint.save(tmp_path / "c", state, FOLD)
+    config = LearnerConfig(warmup_steps=0, **then)
+    other = state_of(Policy(tiny_model(), config), RunConfig(), config)
+    with pytest.raises(DataError, match=rf"{words}.*resume with the learner\.{min(then)}"):
+        checkpoint.load(tmp_path / "c", other)
 
 
 def test_saving_again_replaces_it_and_leaves_nothing_aside(tmp_path: Path) -> None:

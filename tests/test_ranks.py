@@ -309,7 +309,7 @@ def test_a_lost_rank_ends_all_and_the_run_goes_on_exactly(
     assert not [address for address in heard if not address.is_loopback]
     os.kill(int(follower[1]), signal.SIGKILL)
     assert first.wait(40) != 0
-    assert "another rank of the learner is lost, so rank 0 ends" in log.read_text()
+    assert "rank 1 of the learner is lost, so rank 0 ends" in log.read_text()
     assert "rank 1 of the learner was killed by signal 9, so all 2 ended" in log.read_text()
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     last = read_steps(folder)
@@ -322,6 +322,43 @@ def test_a_lost_rank_ends_all_and_the_run_goes_on_exactly(
     assert runs.promises_kept(folder)
     kept = read_weights(folder / "checkpoints" / f"step-{last + 2:08d}")
     assert digest(read_safetensors(folder / "model" / "model.safetensors")) == digest(kept)
+
+
+HANGS = """
+import os, sys, time
+from common.errors import RankError
+from learner.config import LearnerConfig, RanksConfig
+from learner.ranks import obey, session
+try:
+    with session(LearnerConfig(device="cpu", ranks=RanksConfig(timeout_s=3))) as comm:
+        os.write(1, f"{comm.rank} {os.getpid()}\\n".encode())
+        if comm.rank:
+            obey(comm, lambda: None)
+        while True:
+            comm.beat()
+            time.sleep(0.1)
+except RankError as error:
+    os.write(1, f"{error}\\n".encode())
+    sys.exit(1)
+"""
+
+
+def test_a_rank_that_hangs_ends_all_within_the_deadline_and_is_named() -> None:
+    start = (
+        "import sys\nfrom learner import launch\nlaunch.PATIENCE_S = 5.0\n"
+        f"sys.exit(launch.launch(3, [sys.executable, '-c', {HANGS!r}]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout:
+        pids = dict(process.stdout.readline().split() for _ in range(3))
+        os.kill(int(pids["2"]), signal.SIGSTOP)
+        said = process.stdout.read()
+    assert process.wait(60) == 1
+    for rank in (0, 1):
+        assert f"rank 2 of the learner is lost, so rank {rank} ends (" in said
+    assert said.count("go on with --resume") == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
 
 
 LISTENING = """
