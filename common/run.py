@@ -43,6 +43,7 @@ class Plan(NamedTuple):
 )
 @json_option
 @click.option("--plain", is_flag=True, help="Plain lines instead of the live view.")
+@click.option("--plots/--no-plots", default=True, help="Draw pictures at the end, or not.")
 @overrides_option
 def run(
     recipe: str | None,
@@ -50,6 +51,7 @@ def run(
     resume: Path | None,
     as_json: bool,
     plain: bool,
+    plots: bool,
     overrides: tuple[str, ...],
 ) -> None:
     """Train on this machine: Redis, a learner and actors, watched live.
@@ -59,7 +61,7 @@ def run(
     """
     plan = prepare(recipe, out, resume, overrides)
 
-    summary, signal_number = carry_out(plan, plain, to_stderr=as_json)
+    summary, signal_number = carry_out(plan, plain, to_stderr=as_json, plots=plots)
     if as_json:
         click.echo(json.dumps(summary))
     if signal_number:
@@ -67,7 +69,9 @@ def run(
         sys.exit(128 + signal_number)
 
 
-def carry_out(plan: Plan, plain: bool, to_stderr: bool = False) -> tuple[dict[str, Any], int]:
+def carry_out(
+    plan: Plan, plain: bool, to_stderr: bool = False, plots: bool = True
+) -> tuple[dict[str, Any], int]:
     """Supervise the run to its end, shown as it goes; its summary, and the signal that stopped it
     (0: none).
     """
@@ -86,7 +90,8 @@ def carry_out(plan: Plan, plain: bool, to_stderr: bool = False) -> tuple[dict[st
     finally:
         view.close()
     wall_s = time.monotonic() - began
-    summary = complete(plan.folder, {"restarts": supervisor.restarts(), "wall_s": round(wall_s, 2)})
+    facts = {"restarts": supervisor.restarts(), "wall_s": round(wall_s, 2)}
+    summary = complete(plan.folder, facts, plots)
     show(summary, console)
     return summary, supervisor.stopped_by or 0
 
@@ -97,10 +102,13 @@ def carry_out(plan: Plan, plain: bool, to_stderr: bool = False) -> tuple[dict[st
 def prepare(
     recipe: str | None, out: Path | None, resume: Path | None, overrides: Sequence[str]
 ) -> Plan:
-    """Check all there is to check without torch, then make the run folder. Raises ConfigError."""
+    """Check all there is to check without torch, then make the run folder. Raises ConfigError, and
+    JournalError where a learner is at work.
+    """
     from common import models
     from common.config import RunConfig
     from common.recipe import dump, load_all, read
+    from common.runfolder import RunFolder
 
     if recipe is None and resume is None:
         raise click.UsageError("give a RECIPE, or --resume RUN")
@@ -118,6 +126,8 @@ def prepare(
             f"{source}: there is nothing in it; a recipe has the tables [run], [actor], [learner] "
             "(isentrope init makes one)"
         )
+    if resume is not None and (resume / "run.json").exists():
+        RunFolder.open(resume).check_free()
     sections = load_all(source, overrides)
     shared = sections["run"]
     assert isinstance(shared, RunConfig)

@@ -22,7 +22,7 @@ ENDED = {  # early, and why
 }
 
 
-def complete(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+def complete(folder: Path, facts: Mapping[str, Any], plots: bool = True) -> dict[str, Any]:
     """The summary with `facts`, the auditor's verdict and the plots; written back."""
     from common.audit import audit
     from common.figures import draw
@@ -32,7 +32,7 @@ def complete(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         "conserved": audit(folder).holds,
         **facts,
         "run": str(folder),
-        "plots": [str(plot) for plot in draw(folder)],
+        "plots": [str(plot) for plot in (draw(folder) if plots else ())],
     }
     aside = folder / f"{FILE}.tmp"
     aside.write_text(json.dumps(summary, indent=1) + "\n")

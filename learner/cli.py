@@ -70,9 +70,12 @@ def learner(
         from common.recipe import freeze
 
         folder.recipe.write_text(freeze(recipe, overrides))
-    from learner.loop import learn
-    from learner.ranks import session
-    from learner.wiring import check_same_run
+    from common.imports import lasting
+
+    with lasting():
+        from learner.loop import learn
+        from learner.ranks import session
+        from learner.wiring import check_same_run
 
     check_same_run(folder, run)
     with session(config) as comm:

@@ -31,7 +31,7 @@ def begin(
     chosen = ({} if resume else SMALL) | {key.replace("__", "."): v for key, v in values.items()}
     settings = [part for key, value in chosen.items() for part in ("-s", f"{key}={value}")]
     where = ["--resume", str(folder)] if resume else [recipe, "--out", str(folder)]
-    command = [ISENTROPE, "run", *where, "--plain", "--json", *settings]
+    command = [ISENTROPE, "run", *where, "--plain", "--no-plots", "--json", *settings]
     out = (folder.parent / f"{folder.name}.out").open("wb")
     with out:
         return subprocess.Popen(
@@ -39,8 +39,8 @@ def begin(
         )
 
 
-def end(process: subprocess.Popen[bytes], timeout_s: float = 100.0) -> int:
-    """Its exit code; what still runs after `timeout_s` is killed, and the test with it."""
+def end(process: subprocess.Popen[bytes], timeout_s: float = 600.0) -> int:
+    """Its exit code; what still runs after `timeout_s`, or at the test's deadline, is killed."""
     try:
         return process.wait(timeout_s)
     finally:

@@ -343,6 +343,7 @@ def test_versions_are_published_fetched_retired_and_announced_again(
     assert fetch(registry, store).digest == digest(tensors)
 
 
+@pytest.mark.timeout(400)
 def test_a_run_in_bf16_with_the_learner_s_store_keeps_all_promises(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     options = {"run__weights_dtype": "bf16", "run__store": "learner", "learner__lr": "1e-6"}

@@ -1,9 +1,10 @@
 from pathlib import Path
 
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from learner.comm import Comm
+from tests.together import together
 
 
 def _gather(rank: int, store: str, folder: str) -> None:
@@ -20,7 +21,7 @@ def _gather(rank: int, store: str, folder: str) -> None:
 
 def test_two_processes_gather_one_table_in_canonical_order(tmp_path: Path) -> None:
     store = str(tmp_path / "store")
-    multiprocessing.spawn(_gather, (store, str(tmp_path)), nprocs=2)
+    together(2, _gather, store, str(tmp_path))
     for rank in range(2):
         gathered = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert torch.equal(gathered, torch.arange(30.0).view(3, 10))

@@ -23,7 +23,7 @@ EXPERIMENT = [sys.executable, str(TOP / "scripts" / "experiment")]
 BAD = """
 [[cell]]
 name = "bad"
-set = { "learner.prompts.source" = "jsonl", "learner.prompts.path" = "/nowhere.jsonl" }
+set = { "run.model" = "/nowhere" }
 """
 
 
@@ -150,7 +150,7 @@ def test_a_failed_cell_is_named_and_a_finished_one_is_skipped(tmp_path: Path) ->
     first = experiment(*chosen, *only, "--json")
     assert first.returncode == 1, first.stderr
     assert "bad seed 0: FAILED: exit code 2" in first.stderr
-    assert "/nowhere.jsonl" in first.stderr
+    assert "no model at '/nowhere'" in first.stderr
     table = json.loads(first.stdout.splitlines()[-1])
     assert list(table["failed"]) == ["bad seed 0"]
     assert [cell["name"] for cell in table["cells"]] == ["grpo", "steer", "bad"]
@@ -171,24 +171,29 @@ def test_a_failed_cell_is_named_and_a_finished_one_is_skipped(tmp_path: Path) ->
 def test_ctrl_c_stops_in_good_order_and_the_same_command_goes_on(
     tmp_path: Path, processes: Start
 ) -> None:
-    text = SMOKE.replace('"learner.steps" = 3', '"learner.steps" = 40')
+    text = SMOKE.replace('"learner.steps" = 3', '"learner.steps" = 25')
     chosen = [str(write(tmp_path, text)), "--out", str(tmp_path / "out"), "--only", "grpo"]
     process = processes(*EXPERIMENT, *chosen, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     folder = tmp_path / "out" / "grpo-s0"
-    while not (folder / "metrics.jsonl").exists():  # the test's own deadline ends a wait in vain
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
+    await_file(folder, process)
     second = experiment(*chosen)
     assert second.returncode == 2
     assert "another experiment is at work here" in second.stderr
+    await_file(folder / "metrics.jsonl", process)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=150)[0]
     assert process.returncode == 130, said
     assert "the same command goes on from here" in said
     stopped_at = json.loads((folder / "summary.json").read_text())["steps"]
-    assert stopped_at < 40
+    assert stopped_at < 25
     done = experiment(*chosen)
     assert done.returncode == 0, done.stderr
     assert "grpo seed 0: going on" in done.stderr
-    assert json.loads((folder / "summary.json").read_text())["steps"] == 40
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 25
     assert (folder / "incarnation").read_text() == "2"
+
+
+def await_file(path: Path, writer: subprocess.Popen[str]) -> None:
+    while not path.exists():  # the test's own deadline ends a wait in vain
+        assert writer.poll() is None, writer.communicate()[0]
+        time.sleep(0.05)

@@ -14,7 +14,7 @@ from learner.cli import replay
 from learner.methods import AnyMethod
 from tests import runs
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(400)
 
 METHODS = sorted(str(kind.__struct_config__.tag) for kind in get_args(AnyMethod))
 # recipes whose methods and losses differ: weights, drops, a set-point, another loss, group factors

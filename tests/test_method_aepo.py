@@ -285,7 +285,7 @@ def test_aux_tickets_are_as_many_and_as_warm_as_was_asked_and_main_tickets_never
 METHODS = '[{type="aepo",target=0.2}]'
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(400)
 def test_a_run_replays_and_resumes_to_the_same_bits_with_its_aux_groups(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     runs.run(folder, learner__methods=METHODS, learner__n_aux="2")

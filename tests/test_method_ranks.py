@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from learner.comm import Comm, Order
 from learner.methods.base import Method
@@ -19,6 +19,7 @@ from learner.step import StepReport
 from tests.every import EVERY, METHODS, Setting
 from tests.test_method_every import alike, begin, train
 from tests.test_methods import bits
+from tests.together import together
 
 
 def _together() -> Setting:
@@ -27,6 +28,8 @@ def _together() -> Setting:
     del by_name["adaptive_entropy"]
     return Setting("all together", tuple(by_name.values()))
 
+
+pytestmark = pytest.mark.timeout(400)  # of 35 settings, twice
 
 FEW: dict[str, Any] = {"tokens_per_micro": 200}  # micro-batches: each is many messages
 SETTINGS = (*EVERY, _together())
@@ -63,7 +66,7 @@ def _train_rank(rank: int, world: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """What one rank makes of every setting, and what two make of it."""
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(_train_rank, (2, str(folder)), nprocs=2)
+    together(2, _train_rank, 2, str(folder))
     _train_rank(0, 1, str(folder))
     one, two = (torch.load(folder / name, weights_only=True) for name in ("1.pt", "2.pt"))
     return one, two

@@ -24,7 +24,7 @@ from learner.prompts import curriculum
 from learner.prompts.templates import Templates
 from tests import runs
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(400)
 
 SETTINGS = {
     "learner__prompts__templates": '{file = "tiny"}',

@@ -13,7 +13,7 @@ from common.metrics import read as read_metrics
 from common.runfolder import RunFolder
 from tests import runs
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 def learner(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [runs.ISENTROPE, "learner", str(folder / "recipe.toml")]
     command += ["--run-folder", str(folder), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
@@ -62,7 +62,7 @@ def test_the_model_of_a_run_is_an_ordinary_folder(finished: Path) -> None:
         for name, p in sorted(model.named_parameters())
     )
     command = [runs.ISENTROPE, "replay", str(finished)]
-    again = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert again.stdout.splitlines()[-1] == (
         f"6 steps, 6 bit-equal to the record; parameters {digest(tensors)}"
     )
@@ -133,7 +133,7 @@ def test_a_dataset_row_without_its_column_is_one_line(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f'[learner.prompts]\nsource = "jsonl"\npath = "{data}"\n')
     command = [runs.ISENTROPE, "learner", str(recipe), "--run-folder", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "no column 'answer'" in last_line(done)
     assert "solution" in last_line(done)

@@ -16,6 +16,8 @@ import pytest
 
 from tests.conftest import Start
 
+pytestmark = pytest.mark.timeout(400)  # starts of torch, on a machine that may be busy
+
 ISENTROPE = str(Path(sys.executable).parent / "isentrope")
 KEYS = {
     *("steps", "seconds", "heldout_before", "heldout_after", "length_before", "length_after"),
@@ -27,7 +29,7 @@ SMALL = ("-s", "learner.steps=4", "-s", "learner.eval.problems=8", "-s", "actor.
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [ISENTROPE, "run", *arguments], capture_output=True, text=True, check=False, timeout=90
+        [ISENTROPE, "run", *arguments], capture_output=True, text=True, check=False, timeout=300
     )
 
 
@@ -46,25 +48,27 @@ def test_a_run_ends_with_one_json_line_and_pictures(tmp_path: Path) -> None:
         assert line in done.stderr
 
 
-@pytest.mark.timeout(240)  # three starts of torch processes, on a machine that may be busy
 def test_ctrl_c_takes_a_checkpoint_and_resume_finishes(tmp_path: Path, processes: Start) -> None:
     folder = tmp_path / "run"
     process = processes(
-        *(ISENTROPE, "run", "scripted", "--out", str(folder), *SMALL, "-s", "learner.steps=1000"),
+        *(ISENTROPE, "run", "scripted", "--out", str(folder), "--no-plots", *SMALL),
+        *("-s", "learner.steps=1000"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
     _until(process.stdout, "step ")
     process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=60)[0]
+    rest = process.communicate(timeout=200)[0]
     assert process.returncode == 128 + signal.SIGINT
     assert f"isentrope run --resume {folder}" in rest
     stopped_at = json.loads((folder / "summary.json").read_text())["steps"]
-    done = run("--resume", str(folder), "--json", "-s", f"learner.steps={stopped_at + 2}")
+    more = ("-s", f"learner.steps={stopped_at + 2}")
+    done = run("--resume", str(folder), "--no-plots", "--json", *more)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["steps"] == stopped_at + 2
     assert summary["conserved"] is True
+    assert summary["plots"] == []
 
 
 def test_a_run_that_is_killed_leaves_no_process(tmp_path: Path, processes: Start) -> None:
@@ -79,7 +83,7 @@ def test_a_run_that_is_killed_leaves_no_process(tmp_path: Path, processes: Start
     assert len(family) >= 4  # Redis, a learner, two actors, and what grades for them
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while any(map(_runs, family)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in family if _runs(pid)]
@@ -144,9 +148,10 @@ def _runs(pid: int) -> bool:
 
 
 def test_a_run_whose_answers_are_never_right_is_stuck_not_solved(tmp_path: Path) -> None:
-    wrong = 'learner.prompts.grader_options={after="@"}'  # nobody writes one: no answer is found
+    wrong = ("-s", "learner.prompts.grader=exact")
+    wrong += ("-s", 'learner.prompts.grader_options={after="@"}')  # nobody writes one
     folder = tmp_path / "run"
-    done = run("tiny", "--out", str(folder), "--plain", "-s", wrong, *SMALL)
+    done = run("scripted", "--out", str(folder), "--plain", "--no-plots", *wrong, *SMALL)
     assert done.returncode == 0, done.stderr
     assert "teaches nothing" in done.stdout + done.stderr
     assert json.loads((folder / "summary.json").read_text())["ending"] == "stuck"

@@ -126,7 +126,7 @@ def test_a_password_file_takes_the_place_of_a_password_in_the_address(
     registry.close()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(400)
 def test_a_run_writes_its_password_nowhere(guarded: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     address = f'"redis://{USER}:{PASSWORD}@{guarded}"'

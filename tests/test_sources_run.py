@@ -15,7 +15,7 @@ from common.records import Issue
 from learner.prompts import arithmetic
 from tests import chat_model, runs
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(400)
 
 STEPS = {"learner__steps": "2", "learner__eval__problems": "8"}
 

@@ -16,7 +16,7 @@ from common.records import Ready, Step
 from common.synth_cli import synth
 from tests import runs
 
-pytestmark = pytest.mark.timeout(300)  # two real runs, on a machine that may be busy
+pytestmark = pytest.mark.timeout(400)  # two real runs, on a machine that may be busy
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tests import runs
 SMALL = {"learner__eval__problems": "8", "learner__threads": "1"}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_a_run_with_feedback_resumes_and_replays_to_the_same_bits(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     runs.run(folder, recipe="feedback", learner__steps="2", **SMALL)

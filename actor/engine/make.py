@@ -7,6 +7,7 @@ from actor.config import ActorConfig
 from actor.engine.base import Engine
 from common import models
 from common.config import RunConfig
+from common.imports import lasting
 
 
 def make(run: RunConfig, actor: ActorConfig) -> Engine:
@@ -26,8 +27,9 @@ def make(run: RunConfig, actor: ActorConfig) -> Engine:
 
         return VllmEngine(models.find(run.model), actor)
     folder = models.find(run.model)
-    from actor.engine import model
-    from actor.engine.torch_engine import TorchEngine
+    with lasting():
+        from actor.engine import model
+        from actor.engine.torch_engine import TorchEngine
 
     return TorchEngine(
         folder,
