@@ -94,6 +94,19 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
+    def check_free(self, patience_s: float = 3.0) -> None:
+        """Raises JournalError while a learner lives; one that was just killed may take a moment."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                self._take_lock()
+            except JournalError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.05)  # a lock cannot be waited for with a deadline
+            else:
+                return self.release()
+
     def _take_lock(self) -> None:
         lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:

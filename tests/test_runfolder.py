@@ -1,5 +1,6 @@
 """Who may write to a run, and which life of its learner this is."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from common.errors import JournalError
+from common.run import prepare
 from common.runfolder import RunFolder
 
 CLAIMS = """
 import sys
 from pathlib import Path
+from common.run import prepare
 from common.runfolder import RunFolder
 print(RunFolder.open(Path(sys.argv[1])).claim(), flush=True)
 sys.stdin.read()
@@ -75,4 +78,19 @@ def test_every_claim_raises_the_incarnation_even_if_its_counter_is_lost(tmp_path
     (folder.journal / "000007-000000.journal").touch()
     (tmp_path / "incarnation").unlink()
     assert folder.claim() == 8
+    folder.release()
+
+
+def test_a_resume_of_a_run_that_goes_on_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", "r1")
+    folder.recipe.write_text("[run]\n")
+    folder.claim()
+    with pytest.raises(JournalError, match=rf"already has a learner \(pid {os.getpid()}\)"):
+        RunFolder.open(folder.path).check_free(patience_s=0.0)
+    with pytest.raises(JournalError, match="already has a learner"):
+        prepare(None, None, folder.path, ["learner.steps=7"])
+    assert folder.recipe.read_text() == "[run]\n"
+    folder.release()
+    RunFolder.open(folder.path).check_free(patience_s=0.0)
+    assert folder.claim() == 2
     folder.release()
