@@ -14,7 +14,15 @@ from learner.config import LearnerConfig
 from learner.prompts.arithmetic import draw
 from learner.prompts.config import PromptsConfig
 from learner.synthesis import label, reward
-from learner.synthesis.checks import asks_more, clusters, fingerprint, leaks, near, overlap
+from learner.synthesis.checks import (
+    asks_more,
+    clusters,
+    fingerprint,
+    in_other_letters,
+    leaks,
+    near,
+    overlap,
+)
 from learner.synthesis.config import SynthesisConfig
 from learner.synthesis.label import Labeller, Opinion
 
@@ -241,6 +249,10 @@ def test_a_statement_that_names_its_answer_leaks_unless_its_parent_did() -> None
     assert not leaks("Is 42 even?", "42", "Is 42 odd?")
     assert not leaks("7 + 5?", "7", "")
     assert asks_more("What is a? What is b?", "What is c?")
+    assert in_other_letters("Сколько яблок у Анны?", "How many apples has Anna?")
+    assert not in_other_letters("How many яблок?", "How many apples has Anna?")
+    assert not in_other_letters("How many apples?", "3 + 4?")
+    assert not in_other_letters("12+7?", "How many apples?")
     assert not asks_more("12+7?", "1+2?")
 
 

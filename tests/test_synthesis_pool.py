@@ -44,6 +44,30 @@ def test_problems_are_proposed_labelled_scored_pooled_and_asked(world: World) ->
     assert {"no problem in it", "duplicate"} <= {reason for _, _, reason in found.moves}
 
 
+def test_proposals_and_answers_to_them_are_asked_of_the_latest_weights(world: World) -> None:
+    t, asked = 0, 0
+    for record in world.records:
+        if isinstance(record, Step):
+            t = record.t + 1
+        elif isinstance(record, Issue) and record.ticket.kind in ("propose", "score"):
+            assert record.ticket.min_version == t
+            asked += t > 0
+    assert asked > 4
+
+
+def test_every_step_of_a_proposal_has_its_reason(world: World) -> None:
+    moves = world.proposals().moves
+    assert {(before, after) for before, after, _ in moves} >= {
+        ("proposed", "extracted"),
+        ("extracted", "labelled"),
+        ("labelled", "scored"),
+        ("scored", "active"),
+        ("active", "expired"),
+        ("proposed", "rejected"),
+    }
+    assert all(reason for _, _, reason in moves)
+
+
 def test_every_kind_conserves_its_tickets_and_the_auditor_agrees(
     world: World, tmp_path: Path
 ) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from common import wire
 from common.journal import Position
-from common.records import Drop, Halt, Proposal, Ready
+from common.records import Drop, Halt, Issue, Proposal, Ready
 from learner.follow import followers
 from learner.ledger import Ledger
-from learner.synthesis.pool import Made
+from learner.synthesis.pool import Made, is_fresh
 from tests.synthesis_world import (
     CODEC_OF_RECORDS,
     SEGMENT,
@@ -105,6 +106,35 @@ def test_a_proposal_that_does_not_fit_the_settings_of_a_resume_is_rejected_with_
     fate = {made.id: (found[made.id].state, found[made.id].reason) for made in waiting}
     assert ("rejected", "too long") in fate.values()
     assert world.issuer.next(world.issuer.room())[0] is not None
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("consensus", "program_verified"), ("program_verified", "inherited")],
+)
+def test_labels_of_two_stages_are_never_in_one_pool(
+    before: str, after: str, tmp_path: Path
+) -> None:
+    """Whoever resumes with another `label` begins with an empty pool, and the journal says why."""
+    stages: dict[str, Any] = {
+        "consensus": {"labeller": "", "answer": r"#(\d+)$", "accept": (0.5, 1.0), "uses": 1000},
+        "program_verified": {"uses": 1000},
+        "inherited": {"labeller": "", "ratio": 0.25},
+    }
+    world = World(label=before, **stages[before]).until(5)
+    assert world.pool.active()
+    resumed = World(records=world.records, label=after, **stages[after])
+    at = len(resumed.records)
+    resumed.until(9)
+    found = resumed.proposals()
+    ended = {reason for made, state, reason in found.moves if state in ("expired", "rejected")}
+    assert "labelled by another stage" in ended
+    assert all(made.origin == after for made in resumed.pool.active())
+    asked = [r.ticket for r in resumed.records[at:] if isinstance(r, Issue)]
+    mixed = [t for t in asked if t.source == "synthesis" and t.kind == "main" and is_fresh(t)]
+    assert mixed or after == "inherited"
+    assert all(found.made[ticket.problem].origin == after for ticket in mixed)
+    assert resumed.audited(tmp_path / "run").violations == []
 
 
 def test_a_proposal_asked_for_before_synthesis_was_off_is_dropped_with_a_line(
