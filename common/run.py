@@ -162,6 +162,7 @@ def _new_folder(out: Path | None, name: str) -> Path:
 
 def _supervisor(plan: Plan, view: View) -> Supervisor:
     from common.redis_server import RedisServer, free_port
+    from common.softstate import hidden
     from common.supervise import ACTOR_BUDGET, LEARNER_BUDGET, Child, Supervisor
 
     logs = plan.folder / "logs"
@@ -169,7 +170,7 @@ def _supervisor(plan: Plan, view: View) -> Supervisor:
     if redis is not None:
         redis.choose_port()
     ends = {
-        "run.redis": redis.url if redis else plan.redis,
+        "run.redis": redis.url if redis else hidden(plan.redis),
         "run.learner": plan.learner or f"tcp://127.0.0.1:{free_port()}",
     }
 

@@ -9,12 +9,13 @@ Whatever is here may be lost at any moment. Who needs it says it again. Keys, ea
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
-from urllib.parse import parse_qs, urlencode, urlsplit
+from urllib.parse import parse_qs, parse_qsl, unquote, urlencode, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -143,6 +144,22 @@ def _secret(url: str) -> tuple[str, str | None]:
         why = error.strerror if isinstance(error, OSError) else "it is no text"
         raise ConfigError(f"cannot read password_file {path}: {why}") from None
     return parts._replace(query=urlencode(options, doseq=True)).geturl(), password
+
+
+def hidden(url: str) -> str:
+    """The same address for processes that this one starts, whose command lines others can read: the
+    password is in nameless memory of this process for as long as it lives (Linux; elsewhere in the
+    address as before).
+    """
+    parts = urlsplit(url)
+    if not parts.password or not hasattr(os, "memfd_create"):
+        return url
+    memory = os.memfd_create("password")
+    os.write(memory, unquote(parts.password).encode())
+    user, _, host = parts.netloc.rpartition("@")
+    netloc = f"{user.partition(':')[0]}@{host}".removeprefix("@")
+    options = [*parse_qsl(parts.query), ("password_file", f"/proc/{os.getpid()}/fd/{memory}")]
+    return parts._replace(netloc=netloc, query=urlencode(options, safe="/")).geturl()
 
 
 def _place(client: redis.Redis) -> str:

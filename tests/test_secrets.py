@@ -6,6 +6,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from common.config import RunConfig, without_password
 from common.doctor import of_recipe
 from common.errors import ConfigError, DeadlineError, WeightsError
 from common.recipe import load
-from common.softstate import SoftState
+from common.softstate import SoftState, hidden
 from common.versions import Registry
 from learner.turns import FeedbackConfig
 from tests import runs
@@ -95,6 +96,27 @@ def test_the_address_of_a_voice_holds_no_key_for_it_is_journaled() -> None:
             FeedbackConfig(voice=place, model="m").check()
         assert PASSWORD not in str(error.value)
     FeedbackConfig(voice="https://host:8000/v1", model="m").check()
+
+
+def test_the_processes_of_a_run_are_not_given_its_password_on_their_command_lines(
+    guarded: str,
+) -> None:
+    for url in (
+        f"redis://{USER}:{PASSWORD}@{guarded}",
+        f"redis://{USER}:{PASSWORD}@{guarded}?db=1",
+    ):
+        address = hidden(url)
+        assert PASSWORD not in address
+        code = (
+            "import sys; from common.versions import Registry; "
+            "Registry(sys.argv[1], 'r').fence(1); print(open('/proc/self/cmdline').read())"
+        )
+        command = [sys.executable, "-c", code, address]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert USER in said
+        assert PASSWORD not in said
+    assert hidden("redis://host:1/0") == "redis://host:1/0"
+    assert hidden("redis://:p%40ss@h/0").startswith("redis://h/0?password_file=/proc/")
 
 
 def test_an_acl_user_that_may_touch_only_our_keys_is_enough(guarded: str) -> None:

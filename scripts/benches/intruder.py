@@ -7,7 +7,8 @@ other, each for rounds of two windows: at the learner's port, and at a port of a
                 handshake of a real actor sent again
     insider     one connection with a listed key, whose frames are no messages
 
-`ratio_*` = steps a second in the first window / in the second, the median over rounds;
+`ratio_*` = steps a second in all first windows / in all second ones, by the times that the steps'
+lines say; `spread_*`: the lowest and the highest of the rounds, which is how well it is known.
 `cpu_us_per_*` = CPU of the learner's threads but the one that trains (desk, journal, ZeroMQ) in the
 first window beyond that of the second, a knock. `admitted_from_others`: groups in the journal that
 are not the actor's. `lost`: results that were acknowledged and are not in the journal, or tickets
@@ -16,6 +17,7 @@ without a fate.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -42,7 +44,8 @@ LIMITS = {
 
 
 class Window(NamedTuple):
-    steps_per_s: float
+    steps: int
+    seconds: float
     cpu_share: float  # of one core, of the learner's threads that do not train
     knocks_per_s: float
 
@@ -95,11 +98,12 @@ def _summary(name: str, pairs: list[list[Window]]) -> dict[str, object]:
     extra = [
         1e6 * (a.cpu_share - b.cpu_share) / a.knocks_per_s for a, b in zip(here, there, strict=True)
     ]
-    ratios = [a.steps_per_s / b.steps_per_s for a, b in zip(here, there, strict=True)]
+    ratios = [_pace([a]) / _pace([b]) for a, b in zip(here, there, strict=True)]
     return {
-        f"ratio_{name}": round(statistics.median(ratios), 3),
-        f"steps_per_s_{name}": round(statistics.median(w.steps_per_s for w in here), 2),
-        f"steps_per_s_{name}_elsewhere": round(statistics.median(w.steps_per_s for w in there), 2),
+        f"ratio_{name}": round(_pace(here) / _pace(there), 3),
+        f"spread_{name}": f"{min(ratios):.2f} to {max(ratios):.2f}",
+        f"steps_per_s_{name}": round(_pace(here), 2),
+        f"steps_per_s_{name}_elsewhere": round(_pace(there), 2),
         f"knocks_per_s_{name}": round(statistics.median(w.knocks_per_s for w in here), 1),
         f"cpu_us_per_{name}_knock": round(statistics.median(extra), 1),
     }
@@ -110,18 +114,23 @@ def _window(stage: Any, flood: str, endpoint: str, per_s: float, how: str) -> Wi
     assert learner is not None
     process = _process(flood, endpoint, str(per_s), how)
     time.sleep(1.0)  # until it floods; a pace has no event
-    began, cpu, steps = time.monotonic(), _cpu_s(learner.pid), _steps(stage)
+    began, cpu, (steps, at) = time.monotonic(), _cpu_s(learner.pid), _steps(stage)
     _until(stage, lambda: time.monotonic() - began >= WINDOW_S)
     seconds = time.monotonic() - began
-    window = (_steps(stage) - steps) / seconds, (_cpu_s(learner.pid) - cpu) / seconds
+    cpu_share, (later, end) = (_cpu_s(learner.pid) - cpu) / seconds, _steps(stage)
     process.terminate()
     knocks, _ = process.communicate(timeout=20)
-    return Window(*window, int(knocks) / (seconds + 1.0))
+    return Window(later - steps, end - at, cpu_share, int(knocks) / (seconds + 1.0))
 
 
-def _steps(stage: Any) -> float:
-    """So many, by the lines of metrics.jsonl."""
-    return float((stage.run_folder / "metrics.jsonl").read_bytes().count(b"\n"))
+def _pace(windows: list[Window]) -> float:
+    return sum(window.steps for window in windows) / sum(window.seconds for window in windows)
+
+
+def _steps(stage: Any) -> tuple[int, float]:
+    """So many, and when the last of them ended, by the lines of metrics.jsonl."""
+    *_, last, _rest = (lines := (stage.run_folder / "metrics.jsonl").read_text().split("\n"))
+    return len(lines) - 1, float(json.loads(last)["time"])
 
 
 def _cpu_s(pid: int) -> float:
