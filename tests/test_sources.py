@@ -239,6 +239,14 @@ def test_a_column_that_cannot_be_read_stays_behind_where_it_is_not_asked_for(
     assert caplog.text.count("column at is left out, no grader sees it") == 1
 
 
+def test_a_column_that_is_there_twice_is_one_line(tmp_path: Path) -> None:
+    one = pa.array(["1"] * 9)
+    table = pa.Table.from_arrays([one, one, one], names=["prompt", "answer", "answer"])
+    pq.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match="it has two columns 'answer': rename one"):
+        source_of("parquet", tmp_path / "twice.parquet")
+
+
 def test_bytes_are_read_as_text_and_where_they_are_none_the_row_is_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -52,7 +52,11 @@ class Table:
         if not self._table.num_rows:
             raise DataError(f"{self.path}: the dataset is empty")
         names = {name if name in self.columns() else name.partition(".")[0] for name in columns}
-        present = self._table.select([name for name in self.columns() if name in names])
+        wanted = [name for name in self.columns() if name in names]
+        twice = next((name for name in wanted if wanted.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"{self.path}: it has two columns {twice!r}: rename one of them")
+        present = self._table.select(wanted)
         if not present.num_columns:
             yield 1, {}  # nor has any other row one of them
             return

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -101,6 +102,16 @@ class Prompts:
             self._heldout[count] = self._find_heldout(count)
         return self._heldout[count]
 
+    def held_out_words(self, most: int) -> Iterator[str]:
+        """What the rows ask that are held out, `most` of each file; endless sources have none."""
+        leaves: Sequence[Source] = getattr(self._source, "leaves", (self._source,))
+        for leaf in leaves:
+            for index in range(most if leaf.rows is not None else 0):
+                problem = leaf.heldout(index)
+                if problem is None:
+                    break
+                yield problem.text
+
     def _find_heldout(self, count: int) -> list[Draft]:
         found: dict[str, Draft] = {}
         for index in range(count + MOST_UNFIT):
@@ -161,7 +172,9 @@ class Prompts:
     def _misfit(self, problem: Problem, ids: np.ndarray) -> str:
         """Why no ticket can be made of it, "" when one can."""
         if not self.fits(ids):
-            size = f"{len(ids)} tokens" if len(ids) else f"{len(problem.text)} characters"
+            letters = len(problem.text)
+            known = letters <= LETTERS * self._max_prompt
+            size = f"{len(ids)} tokens" if known else f"{letters} characters"
             return f"a prompt of {size}; {self._room()}"
         size_bytes = len(problem.gold) + len(msgspec.msgpack.encode(problem.columns))
         if size_bytes > MOST_BYTES:
