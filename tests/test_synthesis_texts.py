@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
-from learner.config import LearnerConfig
+from learner.config import EvalConfig, LearnerConfig
 from learner.prompts.config import PromptsConfig
-from learner.prompts.source import Arithmetic
+from learner.prompts.source import Arithmetic, open_source
 from learner.prompts.stream import Prompts
 from learner.synthesis.config import SynthesisConfig
-from learner.synthesis.pool import Asked, Seed
+from learner.synthesis.pool import Asked, Made, Seed
 from learner.synthesis.texts import LONGEST, Texts
 from tests import chat_model
 from tests.builders import make_rollout
@@ -61,3 +63,25 @@ def test_a_regex_of_the_recipe_is_given_no_more_than_so_many_characters() -> Non
     for after, answer in ((LONGEST - 2, "42"), (LONGEST, None)):
         tokens = letters.encode("It is 42" + "x" * after, add_special_tokens=False)
         assert texts.answer(tokens) == answer
+
+
+def test_what_any_row_holds_out_is_not_proposed_asked_in_evaluations_or_not(
+    tmp_path: Path,
+) -> None:
+    rows = [{"prompt": f"What is {i} and {i + 1}?", "answer": str(i)} for i in range(200)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompts = PromptsConfig(source="jsonl", path=str(tmp_path / "rows.jsonl"))
+    config = LearnerConfig(
+        prompts=prompts, synthesis=SynthesisConfig(), eval=EvalConfig(problems=2)
+    )
+    source = open_source(prompts, 0)
+    stream = Prompts(source, prompts, chat_model.tokenizer(), (256,), 0, 2000)
+    texts = Texts(config, stream)
+    asked = Asked(n=2, parent="p", text="What is 3 and 4?", gold="7", source="", depth=1)
+    made = Made(ticket=1, rollout=0)
+    held = list(stream.held_out_words(1_000))
+    assert len(held) == 20
+    assert {texts.objection(text, made, asked, []) for text in held} == {"held out"}
+    taught = source.train(0).text
+    assert texts.objection(taught, made, asked, []) == ""
+    assert texts.objection(f" {taught.upper()}", made, asked, [taught]) == "duplicate"

@@ -21,6 +21,7 @@ from learner.synthesis.label import FAULT, is_heldout_sum
 from learner.synthesis.pool import Asked, Made, Seed
 
 _REMEMBERED = 2_000  # fingerprints
+_HELD_OUT = 4_096  # held-out rows of a file that a proposal is compared with
 LONGEST = 8_192  # characters that a regex of the recipe is given
 
 
@@ -105,8 +106,9 @@ class Texts:
 
     def _held_out(self) -> list[Print]:
         if self._heldout is None:
-            drafts = self._prompts.heldout(self._config.eval.problems)
-            self._heldout = [fingerprint(draft.text) for draft in drafts]
+            asked = [draft.text for draft in self._prompts.heldout(self._config.eval.problems)]
+            known = dict.fromkeys([*asked, *self._prompts.held_out_words(_HELD_OUT)])
+            self._heldout = [fingerprint(text) for text in known]
         return self._heldout
 
     def _stem_of(self, text: str) -> str | None:
