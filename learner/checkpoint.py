@@ -296,8 +296,8 @@ def _verify(folder: Path) -> None:
     """Raises JournalError unless every file is there and as the manifest says."""
     damaged = "is damaged; use an older checkpoint"
     try:
-        digests = json.loads(_read(folder / _MANIFEST))
-    except ValueError:
+        digests = dict(json.loads(_read(folder / _MANIFEST)))
+    except (ValueError, TypeError):
         raise JournalError(f"{folder / _MANIFEST} {damaged}") from None
     try:
         names = shards.Index.load(folder).names()

@@ -79,6 +79,7 @@ def _step(it: Learner, batch: Selection) -> str:
     if t % it.config.checkpoint_every == 0 or t == it.config.steps:
         _checkpoint(it)
     it.publisher.offer(t, t, tensors, record.digest)
+    it.report.trouble = it.publisher.trouble
     it.desk.announce(t)  # before `ensure` publishes what Redis was away for
     it.report.step(batch, report, it.desk)
     if it.config.eval.every and t % it.config.eval.every == 0 and t < it.config.steps:

@@ -97,6 +97,14 @@ def test_a_cut_damaged_or_missing_file_is_named_and_nothing_is_loaded(
     assert (bits(state), state.t) == (before, 0)
 
 
+@pytest.mark.parametrize("manifest", [b"", b"[]", b"[1]", b"7", b"{}", b"{", b"\xff"])
+def test_a_manifest_that_is_none_is_named(tmp_path: Path, manifest: bytes) -> None:
+    checkpoint.save(tmp_path / "c", fresh(), FOLD)
+    (tmp_path / "c" / "manifest.json").write_bytes(manifest)
+    with pytest.raises(JournalError, match=r"damaged; use an older checkpoint"):
+        checkpoint.load(tmp_path / "c", fresh())
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "c", fresh(vocab=40), FOLD)
     with pytest.raises(DataError, match=r"another model.*embed_tokens"):
