@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 MASK = "***"
+LONGEST = 2_000  # characters of a gold answer that a pattern is made of: that takes a while
 _LONG = 4  # characters from which on the gold answer is looked for inside of words too
 
 
@@ -17,6 +18,8 @@ def guard(words: str, gold: str) -> tuple[str, bool]:
     gold = gold.strip()
     if not gold:
         return words, False
+    if len(gold) > LONGEST:
+        return ("", True) if _bare(gold) in _bare(words) else (words, False)
     form = _form(gold)
     flags = re.IGNORECASE if len(gold) > 1 else re.NOFLAG  # A is an answer, a is a word
     found = words

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 
@@ -36,3 +38,30 @@ def test_the_filter_looks_at_correctness_by_equality_not_at_shaped_rewards(
     assert not informative(make_group([0, 0], rollouts=shaped), estimator)
     assert not informative(make_group([0.1 + 0.2, 0.1 + 0.2]), estimator)
     assert informative(make_group([1, 0, 0]), estimator)
+
+
+@pytest.mark.parametrize(
+    ("size", "useful"),
+    [
+        (4, (0.039404, 0.185488, 0.343800, 0.751800, 0.875000, 0.343800, 0.039404)),
+        (8, (0.077255, 0.336580, 0.569533, 0.942286, 0.992188, 0.569533, 0.077255)),
+        (16, (0.148542, 0.559873, 0.814698, 0.996677, 0.999969, 0.814698, 0.148542)),
+    ],
+)
+def test_a_group_is_useful_as_often_as_published(size: int, useful: tuple[float, ...]) -> None:
+    """1 - p^G - (1 - p)^G (DAPO, arXiv 2503.14476): over the numbers of right answers that a group
+    may have, and what the filter says of each."""
+    kept = [informative(make_group([1] * k + [0] * (size - k)), "grpo") for k in range(size + 1)]
+
+    def chance(p: float) -> float:
+        ways = [math.comb(size, k) * p**k * (1 - p) ** (size - k) for k in range(size + 1)]
+        return math.fsum(way for way, keep in zip(ways, kept, strict=True) if keep)
+
+    found = [chance(p) for p in (0.01, 0.05, 0.1, 0.3, 0.5, 0.9, 0.99)]
+    assert found == pytest.approx(useful, abs=1e-6)
+
+
+def test_the_published_groups_are_filtered_as_published() -> None:
+    groups = ([1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0])
+    kept = [informative(make_group(rewards), "grpo") for rewards in groups]
+    assert kept == [False, True, False, True]

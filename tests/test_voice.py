@@ -177,3 +177,10 @@ async def test_a_voice_that_hangs_holds_nobody_longer_than_its_deadline_however_
     many = await asyncio.gather(*(voices.ask("feedback", voice, ASKED, 64) for _ in range(12)))
     assert {event for _, event in (first, *many)} == {"feedback_slow"}
     assert time.monotonic() - began < 9.0, "one after the other they would take 12 s at least"
+
+
+def test_a_gold_answer_of_megabytes_is_guarded_without_holding_the_event_loop() -> None:
+    gold, began = "12 34 " * 300_000, time.process_time()
+    assert guard("so 12 34", gold) == ("so 12 34", False)
+    assert guard(f"it is {gold}!", gold) == ("", True)
+    assert time.process_time() - began < 2.0

@@ -34,7 +34,7 @@ from common.wire import GradePart, Grading
 log = logging.getLogger(__name__)
 
 IN_PLACE = frozenset({"exact", "format", "numeric"})
-SHORT = 1 << 15  # letters of all texts: below it the worst of them take 10 ms
+SHORT = 1 << 15  # letters of gold answer and texts: below it the worst of them take 10 ms
 TOLD = 64  # different complaints of graders that are logged, each once
 ENDS = (DeadlineError, EOFError, OSError)  # of a grading process
 LOAD_S = 60.0  # to start a process and import a grader; not part of the deadline of grading
@@ -109,7 +109,8 @@ class Pool:
         self, question: Question, within_s: float, patience_s: float | None = None
     ) -> Marks:
         """Raises TimeoutError when no process was free for `patience_s`."""
-        if question.grader in IN_PLACE and sum(map(len, question.texts)) <= SHORT:
+        letters = len(question.gold) + sum(map(len, question.texts))
+        if question.grader in IN_PLACE and letters <= SHORT:
             return answer(question)
         async with self._worker(question, patience_s) as worker:
             try:
