@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,7 +21,7 @@ seed = 0
 weights_dtype = "fp32"  # of the versions that actors fetch: fp32 or bf16
 
 [actor]
-count = 2  # processes that generate, on this machine
+count = {count}  # processes that generate, on this machine{count_note}
 engine = "torch"  # torch (built in) or vllm
 slots = {slots}  # sequences decoded side by side
 device = "auto"  # cpu, cuda, cuda:1, …
@@ -47,8 +49,12 @@ every = 50  # steps between evaluations under way; 0: none
 # type = "entropy_bonus"
 """
 
+TINY_KNOWS = "the signs 0123456789+-=,#? alone: the rest of your questions is left out"
+
 # What suits the shipped model of 0.8 M parameters on a CPU, and a real one on a GPU.
 TINY = {
+    "count": 2,
+    "count_note": "",
     "slots": 128,
     "steps": 60,
     "max_tokens": 48,
@@ -58,6 +64,8 @@ TINY = {
     "dtype_note": "bf16 is faster on a GPU",
 }
 REAL = {
+    "count": 1,
+    "count_note": "; it shares a single GPU with the learner",
     "slots": 64,
     "steps": 200,
     "max_tokens": 512,
@@ -75,8 +83,13 @@ prompt_column = {prompt}
 answer_column = {answer}
 chat = "auto"  # by the model's chat template, if it has one
 instruction = ""  # a line behind every question, such as "Answer with the number only."
-grader = "exact"  # numeric, math_verify, or your own: "python:MODULE:FUNCTION", as TRL takes them
+grader = "{grader}"  # {grader_note}
+# others: exact, numeric, math_verify, or your own "python:MODULE:FUNCTION", as TRL takes them
 """
+GRADER_NOTES = {
+    "exact": "the whole response, letter by letter; grader_options say where in it the answer is",
+    "numeric": "the last number of the response; grader_options say where else the answer is",
+}
 SOURCE_NOTES = {"jsonl": "one JSON object a line", "parquet": "a file, or a folder of them"}
 
 ARITHMETIC = """\
@@ -112,13 +125,15 @@ def init(folder: Path, model: str, data: Path | None) -> None:
     text = RECIPE.format(path=path, model=json.dumps(named), prompts=prompts, **scale)
     path.write_text(text, encoding="utf-8")
     load_all(str(path))
+    if shipped and data is not None:
+        click.echo(f"note: the model {named!r} knows {TINY_KNOWS}; --model gives another")
     click.echo(f"{path}: read it, then: isentrope doctor {path} && isentrope run {path}")
 
 
 def _data(data: Path) -> str:
-    """The prompts table for a file, with the columns that its first row has."""
+    """The prompts table for a file: the columns that its first row has, the grader that fits."""
     source = "parquet" if data.suffix == ".parquet" else "jsonl"
-    columns = _parquet_columns(data) if source == "parquet" else _columns(data)
+    columns = _parquet_row(data) if source == "parquet" else _row(data)
     prompt = next((name for name in PROMPT_NAMES if name in columns), None)
     answer = next((name for name in ANSWER_NAMES if name in columns), None)
     if prompt is None or answer is None:
@@ -128,26 +143,36 @@ def _data(data: Path) -> str:
             f"it has: {', '.join(columns)}"
         )
     quoted = (json.dumps(str(value)) for value in (data.resolve(), prompt, answer))
+    grader = "numeric" if _is_number(columns[answer]) else "exact"
     return DATA.format(
         source=source,
         source_note=SOURCE_NOTES[source],
+        grader=grader,
+        grader_note=GRADER_NOTES[grader],
         **dict(zip(("data", "prompt", "answer"), quoted, strict=True)),
     )
 
 
-def _parquet_columns(data: Path) -> list[str]:
+def _is_number(answer: Any) -> bool:
+    return re.fullmatch(r"\s*[-+]?[\d,]*\.?\d+\s*", str(answer)) is not None
+
+
+def _parquet_row(data: Path) -> dict[str, Any]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise DataError("Parquet needs pyarrow: pip install 'isentrope[data]'") from None
+        raise DataError('Parquet needs pyarrow: pip install -e ".[data]"') from None
     try:
-        return list(pq.read_schema(data).names)
+        with pq.ParquetFile(data) as file:
+            batch = next(file.iter_batches(1), None)
+            names = dict.fromkeys(file.schema_arrow.names)
+            return batch.to_pylist()[0] if batch is not None else names
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{data}: cannot be read: {str(error).splitlines()[0]}") from None
 
 
-def _columns(data: Path) -> list[str]:
+def _row(data: Path) -> dict[str, Any]:
     try:
         with data.open(encoding="utf-8") as lines:
             first = json.loads(next((line for line in lines if line.strip()), "{}"))
@@ -157,4 +182,4 @@ def _columns(data: Path) -> list[str]:
         raise DataError(f"{data}: line 1 is no JSON: {error}") from None
     if not isinstance(first, dict) or not first:
         raise DataError(f"{data}: expected one JSON object a line, with a prompt and an answer")
-    return list(first)
+    return first

@@ -247,13 +247,14 @@ def predict(shape: Shape, actors: int, steps: int = 40, warm_up: int = 8) -> Pre
 
 def needed(shape: Shape, idle: float = 0.05) -> Predicted:
     """With the fewest actors that leave the learner at most `idle` of its time without work. When
-    no number does: with one for every ticket that there can be; more would change nothing.
+    no number does, not even one for every ticket that there can be: with the fewest that leave it
+    so little that more would change nothing (a hundredth).
     """
     low, high, most = 0, 1, (shape.max_lag + 1) * shape.groups_per_step
     while (found := predict(shape, high)).learner_idle > idle and high < most:
         low, high = high, min(2 * high, most)
     if found.learner_idle > idle:
-        return found
+        low, idle = 0, found.learner_idle + 0.01
     while high - low > 1:
         middle = (low + high) // 2
         tried = predict(shape, middle)

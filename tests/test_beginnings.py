@@ -40,6 +40,16 @@ def test_a_starter_recipe_for_own_data_finds_the_columns(tmp_path: Path) -> None
     prompts = msgspec.structs.asdict(loaded["learner"])["prompts"]
     assert (prompts.prompt_column, prompts.answer_column) == ("question", "solution")
     assert prompts.path == str(data)
+    assert prompts.grader == "numeric"
+
+
+def test_answers_in_words_begin_with_the_exact_grader(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"question": "Who?", "answer": "nobody"}) + "\n")
+    done = start(str(tmp_path), "--data", str(data))
+    assert "the model 'tiny' knows the signs 0123456789+-=,#? alone" in done.output
+    loaded = recipe.load(str(tmp_path / "recipe.toml"), {"learner": LearnerConfig})
+    assert msgspec.structs.asdict(loaded["learner"])["prompts"].grader == "exact"
 
 
 def test_a_starter_recipe_for_a_parquet_file_names_its_source(tmp_path: Path) -> None:
@@ -52,6 +62,7 @@ def test_a_starter_recipe_for_a_parquet_file_names_its_source(tmp_path: Path) ->
     loaded = recipe.load(str(tmp_path / "recipe.toml"), {"learner": LearnerConfig})
     prompts = msgspec.structs.asdict(loaded["learner"])["prompts"]
     assert (prompts.source, prompts.prompt_column) == ("parquet", "problem")
+    assert prompts.grader == "numeric"
     data.write_text("no parquet")
     refused = start(str(tmp_path / "other"), "--data", str(data)).exception
     assert "cannot be read" in str(refused)

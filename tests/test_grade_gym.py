@@ -11,7 +11,7 @@ from actor.grade import graders
 from common.errors import DataError
 from common.plain import plain
 
-reasoning_gym = pytest.importorskip("reasoning_gym", reason="pip install 'isentrope[graders]'")
+reasoning_gym = pytest.importorskip("reasoning_gym", reason="pip install -e '.[graders]'")
 
 # Tasks whose metadata hold tuples, maps with numbers for keys, dates and arrays of numbers.
 TASKS = [

@@ -13,7 +13,7 @@ from actor.grade.pool import Pool
 from common.errors import DataError
 from common.wire import GradePart, Grading
 
-pytest.importorskip("math_verify", reason="pip install 'isentrope[graders]'")
+pytest.importorskip("math_verify", reason="pip install -e '.[graders]'")
 
 
 def grade(gold: str, text: str, **options: Any) -> float | None:

@@ -126,7 +126,7 @@ def _ours(name: str) -> Any:
         return importlib.import_module(_MODULES[name])
     except ModuleNotFoundError as error:
         raise DataError(
-            f"grader {name!r} needs the package {error.name!r}: pip install 'isentrope[graders]'"
+            f"grader {name!r} needs the package {error.name!r}: pip install -e '.[graders]'"
         ) from None
 
 

@@ -22,7 +22,7 @@ try:
     import pyarrow as pa
     import pyarrow.parquet as pq
 except ImportError:
-    raise DataError("Parquet and Arrow need pyarrow: pip install 'isentrope[data]'") from None
+    raise DataError("Parquet and Arrow need pyarrow: pip install -e '.[data]'") from None
 
 log = logging.getLogger("isentrope.prompts")
 

@@ -24,7 +24,7 @@ try:
     from reasoning_gym.factory import DATASETS
 except ImportError:
     raise DataError(
-        "source \"reasoning_gym\" is not installed: pip install 'isentrope[graders]'"
+        "source \"reasoning_gym\" is not installed: pip install -e '.[graders]'"
     ) from None
 
 HELDOUT_OF_256 = 32  # one question in eight is held out
