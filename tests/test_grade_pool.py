@@ -321,8 +321,7 @@ def test_a_grader_whose_library_is_missing_names_what_to_install(grader: str, pa
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == (
-        f"DataError: grader {grader!r} needs the package {package!r}: "
-        "pip install -e '.[graders]'\n"
+        f"DataError: grader {grader!r} needs the package {package!r}: pip install -e '.[graders]'\n"
     )
 
 
