@@ -6,29 +6,35 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
+import torch
 
 from actor import episode
 from actor.config import ScriptedConfig
 from actor.engine.scripted import ScriptedEngine
+from actor.engine.torch_engine import TorchEngine
 from actor.grade.pool import Pool
 from actor.intervene import place
 from actor.stage import LATER, Budget
 from actor.triggers import first_flaw, repeated
 from common import wire
 from common.codec import Codec
+from common.config import RunConfig
 from common.episodes import HINT_SHARE, Episode, Intervene
 from common.errors import WireError
 from common.group_check import check_group
-from common.wire import Rollout
+from common.wire import Grading, Rollout
 from learner.advantage import advantages
-from learner.batch import flatten
+from learner.batch import flatten, pack
+from learner.config import LearnerConfig
 from learner.item import Item
 from learner.reward import scores
+from learner.state import make_state
 from learner.turns import hints, is_kept
 from tests.builders import make_group, make_rollout, make_segment
-from tests.talking import TINY, WORDS, Speaker, asks, stage, tokens_of
+from tests.talking import EXACT, TINY, WORDS, Speaker, asks, stage, tokens_of
 
 HINT = tuple(tokens_of("?"))
 
@@ -82,6 +88,25 @@ async def test_removing_the_hinted_leaves_the_group_as_it_was_to_the_bit(pool: P
     zeros = np.zeros(4, np.int64)
     found = [advantages(np.array([1.0, 0, 0, 1]), zeros, "grpo") for _ in groups]
     assert found[0].tobytes() == found[1].tobytes()
+
+
+async def test_tokens_behind_a_hint_have_the_log_probs_of_the_context_with_it(pool: Pool) -> None:
+    engine = TorchEngine(TINY, slots=8, max_length=120, threads=1)
+    never = Grading(gold="none", parts=EXACT.parts)
+    ticket = asks(2, hinted(rounds=1), never, max_tokens=40)
+    played = await episode.play(ticket, stage(engine, pool))
+    await engine.close()
+    assert len(played.hinted) == 2
+    state = make_state(RunConfig(model="tiny"), LearnerConfig(threads=1))
+    plain = msgspec.structs.replace(ticket, episode=None)
+    batch = flatten([Item(plain, make_group(ticket=5, rollouts=played.hinted))], 0)
+    micro = pack(batch, np.arange(batch.rows))
+    with torch.no_grad():
+        logp = state.model(micro)[1].logp
+    found = torch.zeros(batch.target.size).index_copy(0, micro.tokens, logp)
+    sampled = batch.static.mask > 0
+    assert int(sampled.sum()) == sum(r.length for r in played.hinted)
+    assert float((found - batch.static.lb)[sampled].abs().max()) < 1e-4
 
 
 async def test_nothing_found_is_the_identity(pool: Pool) -> None:
