@@ -27,6 +27,7 @@ from learner.prompts.arithmetic import split_of
 DEADLINE_S = 20.0  # for one label
 FAULT = "verifier_error"  # a reason that begins so says nothing of what was to be judged
 MOST_HUNG = 3  # functions that never came back; then it is not asked any more
+NO_MAJORITY = "no majority"
 HANGS = f"{FAULT}: the labeller hangs"
 
 _FAR = 100  # digits

@@ -15,26 +15,24 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from common.errors import DeadlineError
 from common.records import AnyRecord, Drop, Halt, Proposal, Ready
 from learner.config import LearnerConfig
 from learner.inbox import SUSPECT
 from learner.ledger import Ledger
 from learner.prompts.stream import Prompts
 from learner.synthesis.asking import Asking, share
-from learner.synthesis.checks import clusters, leaks
-from learner.synthesis.label import FAULT, Labeller, Opinion, majority, same
+from learner.synthesis.checks import leaks
+from learner.synthesis.earnings import Earnings
+from learner.synthesis.label import FAULT, NO_MAJORITY, Labeller, Opinion, same
 from learner.synthesis.pool import SETTLED, Made, Pool, worn
-from learner.synthesis.reward import diversity, in_band, unusable, worth
+from learner.synthesis.reward import in_band
 from learner.synthesis.texts import Texts
 
 log = logging.getLogger("isentrope.synthesis")
 
 LEAST_AUDITED = 8  # labels, before their error is an estimate
-NO_MAJORITY = "no majority"
 OTHER_STAGE = "labelled by another stage"
 ENDED = ("rejected", "expired")
-OF_ITS_OWN = ("", "wrong label")  # what a proposal that is lost is lost for by its own fault
 
 
 class Synthesis:
@@ -53,6 +51,7 @@ class Synthesis:
         self._pool, self._ledger, self._write = pool, ledger, write
         self._texts = Texts(config, prompts)
         self.asking = Asking(config, pool, ledger, self._texts, self._seed)
+        self._earnings = Earnings(self._settings, pool, self._texts)
         self._labeller = Labeller(self._settings.labeller)
         self._auditor = Labeller(self._settings.auditor)
         self._pending: set[str] = set()  # proposals whose label is on its way
@@ -160,15 +159,8 @@ class Synthesis:
         elif label == "inherited":
             self._label(Opinion(made.id, self._pool.state.asked[made.ticket].gold))
         else:
-            gold, _, why = self._majority(made)
+            gold, _, why = self._texts.agreed(made)
             self._label(Opinion(made.id, gold, why or NO_MAJORITY))
-
-    def _majority(self, made: Made) -> tuple[str, float, str]:
-        """What the answers to it agree on, the share of the commonest one, and why nobody knows."""
-        try:
-            return (*majority([self._texts.answer(said) for said in made.answers]), "")
-        except DeadlineError as error:
-            return "", 0.0, f"{FAULT}: {error}"
 
     def _label(self, opinion: Opinion) -> None:
         made = self._pool.state.made.get(opinion.id)
@@ -199,7 +191,7 @@ class Synthesis:
     def _score(self, made: Made) -> None:
         p, why = made.found, ""
         if self._settings.label == "consensus":
-            _, p, why = self._majority(made)
+            _, p, why = self._texts.agreed(made)
         if why:
             self._reject(made, why)
         elif p is not None:
@@ -233,7 +225,7 @@ class Synthesis:
         """Everything that a propose ticket proposed is settled: what its rollouts are worth. One
         that nobody could judge is worth what the others are on average: nothing is learned from it.
         """
-        scores = self._rewards(self._pool.of(id_), source)
+        scores = self._earnings.of(self._pool.of(id_), source)
         judged = [score for score in scores if score is not None]
         if not self._settings.proposers:
             self._write(Drop(ticket=id_, reason="surplus"))
@@ -245,30 +237,6 @@ class Synthesis:
             mean = math.fsum(judged) / len(judged)
             filled = tuple(mean if score is None else score for score in scores)
             self._write(Ready(ticket=id_, scores=filled))
-
-    def _rewards(self, made: list[Made], source: str) -> tuple[float | None, ...]:
-        """None where somebody else failed: a labeller, a regex, the grader of the answers."""
-        known = [diversity(each.p) for each in made if each.p is not None]
-        mean = math.fsum(known) / len(known) if known else 0.0
-        baseline = self._pool.state.baselines.get(source, mean)
-        alike = clusters([self._texts.print(each.text or each.id) for each in made])
-        return tuple(
-            self._reward(each, cluster, baseline) for each, cluster in zip(made, alike, strict=True)
-        )
-
-    def _reward(self, made: Made, cluster: float, baseline: float) -> float | None:
-        settings, p = self._settings, made.p
-        if p is None and (made.lost not in OF_ITS_OWN or made.reason.startswith(FAULT)):
-            return None
-        if made.reason == NO_MAJORITY and settings.reward == "r_zero":
-            _, p, why = self._majority(made)
-            if why:
-                return None
-        if p is not None:
-            return worth(p, cluster=cluster, baseline=baseline, config=settings)
-        if made.reason == "duplicate" and settings.reward == "diversity":
-            return -settings.duplicate
-        return unusable(cluster, settings)
 
     # ---- when it does not work ---------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from learner.prompts.chat import Renderer
 from learner.prompts.source import Problem
 from learner.prompts.stream import Draft, Prompts
 from learner.synthesis.checks import Print, asks_more, fingerprint, in_other_letters, leaks, near
-from learner.synthesis.label import FAULT, is_heldout_sum
+from learner.synthesis.label import FAULT, is_heldout_sum, majority
 from learner.synthesis.pool import Asked, Made, Seed
 
 _REMEMBERED = 2_000  # fingerprints
@@ -96,6 +96,13 @@ class Texts:
         DeadlineError.
         """
         return self._answer.find(self.decode(tokens)[-LONGEST:])
+
+    def agreed(self, made: Made) -> tuple[str, float, str]:
+        """What the answers to it agree on, the share of the commonest one, and why nobody knows."""
+        try:
+            return (*majority([self.answer(said) for said in made.answers]), "")
+        except DeadlineError as error:
+            return "", 0.0, f"{FAULT}: {error}"
 
     def print(self, text: str) -> Print:
         if len(self._prints) >= _REMEMBERED:
