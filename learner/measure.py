@@ -186,6 +186,22 @@ def off_policy_alarm(metrics: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def idle_alarm(metrics: Mapping[str, Any]) -> list[str]:
+    """A line for people of methods that do nothing: they drop no token, or pull none.
+
+    Clip_B and Clip_V gate themselves while the entropy is high, Clip-Cov's window may be empty,
+    and KL-Cov is inert where its anchor is the policy itself.
+    """
+    lines = []
+    for key, value in metrics.items():
+        name, _, number = key.removeprefix("methods/").partition("/")
+        if (number, value) == ("dropped", 0.0):
+            lines.append(f"{name} drops no token: its step is the same as without it")
+        if (number, value) == ("inert", 1.0):
+            lines.append(f"{name} pulls none of the tokens it has chosen: none left its anchor yet")
+    return lines
+
+
 def rollouts_by_lag(batch: Batch) -> Metrics:
     """Reward and length of the main rollouts, by rollout lag; reward of proposals, and of the aux
     rollouts.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 
+from common import metrics
 from common.status import ActorStatus, Heldout, Phase, Status
 from learner.config import LearnerConfig
 from learner.course import Course, step_of
 from learner.desk import Desk
 from learner.evaluation import Evaluation
 from learner.fold import Sums
-from learner.measure import off_policy_alarm
+from learner.measure import idle_alarm, off_policy_alarm
 
 RATE_WINDOW = 8  # steps over which speeds are averaged
 
@@ -35,6 +36,7 @@ def picture(course: Course, desk: Desk, t: int, phase: Phase, doubt: str) -> Sta
         reward=last.get("reward"),
         length=last.get("length"),
         entropy=last.get("entropy"),
+        entropy_target=metrics.target(last),
         heldout=[_heldout(label, point, config) for label, point in points.items()],
         lags=dict(sorted(course.lags.items())),
         max_lag=config.max_lag,
@@ -90,7 +92,7 @@ def _actors(desk: Desk) -> dict[str, ActorStatus]:
 
 def _warnings(course: Course, desk: Desk, doubt: str) -> list[str]:
     warnings = [desk.blocked] if desk.blocked else []
-    warnings += off_policy_alarm(course.last)
+    warnings += off_policy_alarm(course.last) + idle_alarm(course.last)
     if doubt:
         warnings.append(doubt)
     if not desk.actors:

@@ -87,7 +87,8 @@ def train_step(
     first, last = passes[0], passes[-1]
     metrics: Metrics = {"lr": work.lr, "grad_norm": last.norm, "loss": last.loss}
     metrics |= {"tokens": float((work.shares.main > 0).sum()), "entropy_bonus": last.bonus}
-    metrics |= {k: v for name, f in of_groups.items() for k, v in scaled(name, f).items()}
+    for name, factor in of_groups.items():
+        metrics |= scaled(name, factor, work.of_groups[name], work.plain, first.table)
     groups = [item.group for item in batch.items[: batch.main_groups]]
     metrics |= work.methods.group_numbers(groups) | last.effects
     if config.overlong is not None:

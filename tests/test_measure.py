@@ -22,6 +22,7 @@ from learner.measure import (
     by_lag,
     entropy_change,
     entropy_forecast,
+    idle_alarm,
     off_policy_alarm,
     parts,
 )
@@ -247,15 +248,51 @@ def test_warm_right_answers_are_credited_with_more_entropy_and_cold_ones_with_le
     assert signs == [1, -1]
 
 
-def test_the_factors_of_groups_are_told_by_their_quantiles() -> None:
+def test_the_factors_of_groups_are_told_by_their_quantiles_and_by_lag() -> None:
     import numpy as np
 
-    found = scaled("adora", np.array([1.0, 1.0, 2.0, 2.0]))
+    t = random_table(lag=torch.arange(400) // 40 % 2)  # of the groups: rows of 5 tokens, by 4
+    column = torch.where(t.group % 2 == 0, 1.0, 0.0)
+    silenced = replace(t, advantage=t.advantage * column)
+    found = scaled("adora", np.array([1.0, 1.0, 2.0, 2.0]), column, t.advantage, silenced)
     factor = found["methods/adora/factor"]
     assert isinstance(factor, dict)
     assert (factor["min"], factor["q50"], factor["max"], factor["mean"]) == (1, 1.5, 2, 1.5)
     assert found["methods/adora/affected"] == 0.5
-    assert scaled("adora", np.zeros(0)) == {}
+    touched = t.main & (column == 0)
+    bad = touched & (t.advantage < 0)  # before the factor took the sign away
+    assert found["methods/adora/negative"] == pytest.approx(int(bad.sum()) / int(touched.sum()))
+    for key, part, whole in (
+        ("factor", t.main & (column == 1), t.main),
+        ("affected", touched, t.main),
+        ("negative", bad, touched),
+    ):
+        lags = found[f"methods/adora/{key}_by_lag"]
+        assert isinstance(lags, dict)
+        for lag in (0, 1):
+            on = t.lag == lag
+            share = int((part & on).sum()) / int((whole & on).sum())
+            assert lags[str(lag)] == pytest.approx(share)
+    assert scaled("adora", np.zeros(0), column, t.advantage, t) == {}
+
+
+def test_what_kl_cov_has_chosen_is_told_by_lag() -> None:
+    t = random_table()
+    t = replace(t, lp=torch.where(t.lag == 1, t.logp, t.lp))
+    _, _, factors = credited([KlCov(ratio=0.2, anchor="proximal")], t)
+    chosen = factors.plans["kl_cov"] > 0
+    bad, still = t.advantage < 0, t.lag == 1
+    for key, part, whole in (
+        ("chosen", chosen, t.main),
+        ("inert", chosen & still, chosen),
+        ("negative", chosen & bad, chosen),
+    ):
+        lags = factors.effects[f"methods/kl_cov/{key}_by_lag"]
+        assert isinstance(lags, dict)
+        for lag in range(3):
+            on = t.lag == lag
+            share = int((part & on).sum()) / int((whole & on).sum())
+            assert lags[str(lag)] == pytest.approx(share)
 
 
 # ---- off-policyness ----------------------------------------------------------------------------
@@ -300,6 +337,20 @@ def test_the_alarm_rings_beyond_its_limit_and_beyond_chance_only() -> None:
     assert off_policy_alarm({"off_policy": 0.3, "tokens": 100.0}) == []  # 4 / √100 = 0.4
     assert off_policy_alarm({"off_policy": 0.09, "tokens": 1e6}) == []
     assert off_policy_alarm({}) == []
+
+
+def test_a_method_that_does_nothing_is_told_to_people() -> None:
+    t = random_table(scale=1.0)
+    idle = Methods([ClipB()]).factors(t, lambda weight: t.logp, {}).effects
+    (line,) = idle_alarm(idle)
+    assert line.startswith("clip_b drops no token")
+    still = replace(t, lp=t.logp)
+    inert = Methods([KlCov(ratio=0.2, anchor="proximal")]).factors(still, lambda w: t.logp, {})
+    (line,) = idle_alarm(inert.effects)
+    assert line.startswith("kl_cov pulls none of the tokens it has chosen")
+    for method in (ClipB(mu=0.1), KlCov(ratio=0.2, anchor="proximal"), Steer()):
+        assert idle_alarm(Methods([method]).factors(t, lambda w: t.logp, {}).effects) == []
+    assert idle_alarm({"entropy": 0.0}) == []
 
 
 def test_the_discriminators_spread_and_mean_are_those_of_the_tokens_of_each_lag() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from common import recipe
+from common.errors import DataError
 from common.wire import Group
 from learner.advantage import advantages
 from learner.methods.adora import Adora
@@ -143,6 +144,14 @@ def test_the_criteria_are_length_difficulty_both_or_either(
     method = Adora(criteria=criteria, w_tas=3.0, w_tds=0.5)
     assert method.factor(group([1, 0, 0], [3, 9, 9])) == hard_short
     assert method.factor(group([1, 1, 0], [9, 9, 3])) == easy_long
+
+
+def test_a_correctness_that_is_no_number_is_refused_with_its_ticket_and_rollout() -> None:
+    broken = group([1, float("nan"), 0, 0], [5, 5, 5, 5])
+    line = f"method 'adora', correct: nan of rollout 1 of ticket {broken.ticket}"
+    for criteria in ("length", "difficulty"):
+        with pytest.raises(DataError, match=line):
+            Adora(criteria=criteria).scale_groups([broken])  # type: ignore[arg-type]
 
 
 def test_lengths_count_only_among_themselves_and_groups_do_not_see_each_other() -> None:

@@ -447,6 +447,12 @@ def test_impossible_targets_and_a_second_owner_are_refused() -> None:
     state, config = start(Isentropic(target=50.0, mode="hold"))
     with pytest.raises(ConfigError, match="target = 50 times the starting entropy is"):
         train_step(state, a_batch(), config)
+    later = Isentropic(target=0.5, changes=((30, 1.0), (40, 50.0)))
+    state, config = start(later)
+    with pytest.raises(ConfigError, match="target = 50 times the starting entropy is"):
+        train_step(state, a_batch(), config)
+    with pytest.raises(DataError, match="'isentropic', observe: entropy is nan"):
+        later.observe(later.initial(), facts() | {"entropy": float("nan")})
     with pytest.raises(ConfigError, match="both want to govern"):
         start(Isentropic(), AdaptiveEntropy())
 

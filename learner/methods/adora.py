@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import msgspec
 
 from common.config import NotNegative, PositiveInt, need
+from common.errors import DataError
 from learner.methods.base import Method
 
 if TYPE_CHECKING:
@@ -103,8 +105,9 @@ class Adora(Method, frozen=True, kw_only=True, tag="adora"):
         return 1.0 if verdict is None else tas if verdict else tds
 
     def verdict(self, group: wire.Group) -> bool | None:
-        """Whether `criteria` hold: TAS, or TDS; None: no evidence."""
+        """Whether `criteria` hold: TAS, or TDS; None: no evidence. Raises DataError for NaN."""
         criteria = self.criteria or PRESETS[self.preset].criteria
+        self._check_numbers(group)
         right = [r.length for r in group.rollouts if r.correct > _RIGHT]
         wrong = [r.length for r in group.rollouts if r.correct <= _RIGHT and not self._is_cut(r)]
         easy = len(right) > self.tau * len(group.rollouts)
@@ -114,6 +117,15 @@ class Adora(Method, frozen=True, kw_only=True, tag="adora"):
         if longer is None or criteria == "length":
             return longer
         return longer and not easy if criteria == "and" else longer or not easy
+
+    def _check_numbers(self, group: wire.Group) -> None:
+        """Else what is not a number would be a wrong answer."""
+        for i, rollout in enumerate(group.rollouts):
+            if not math.isfinite(rollout.correct):
+                raise DataError(
+                    f"method {self.name!r}, correct: {rollout.correct} of rollout {i} of ticket "
+                    f"{group.ticket}"
+                )
 
     def _longer(self, right: list[int], wrong: list[int]) -> bool | None:
         """LA; None: no evidence, factor 1."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from common import wire
+    from learner.methods.effect import Value
     from learner.table import Table
 
 State = dict[str, Any]  # what JSON can hold
@@ -109,7 +110,7 @@ class Method(
         """[T]: what `extra_loss` wants to know that only the whole table tells."""
         return None
 
-    def numbers(self, table: Table, plan: Tensor) -> Mapping[str, float]:
+    def numbers(self, table: Table, plan: Tensor) -> Mapping[str, Value]:
         """What the log shall say of a plan, as methods/NAME/KEY."""
         return {}
 

@@ -169,7 +169,7 @@ class Methods:
         return [m for m in self._all if overrides(m, hook)]
 
 
-def _named(method: Method, numbers: Mapping[str, float]) -> dict[str, effect.Value]:
+def _named(method: Method, numbers: Mapping[str, effect.Value]) -> dict[str, effect.Value]:
     return {f"methods/{method.name}/{key}": value for key, value in numbers.items()}
 
 

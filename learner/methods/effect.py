@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -52,16 +53,38 @@ def weighed(name: str, weight: Tensor, table: Table, alive: Tensor) -> dict[str,
     return _named(name, found) | _negative(name, touched, table)
 
 
-def scaled(name: str, factor: np.ndarray) -> dict[str, Value]:
+def scaled(
+    name: str, factor: np.ndarray, column: Tensor, advantage: Tensor, table: Table
+) -> dict[str, Value]:
     """Of the main groups, what `factor` float64 [G] does to their advantages.
 
-    factor     quantiles and mean over the groups
-    affected   the share of them with a factor other than 1
+    factor     quantiles and mean over the groups; by lag the mean over the main tokens
+    affected   the share of groups with a factor other than 1; by lag that of the main tokens
+    negative   the share of A < 0 among these tokens (absent where there is none)
+
+    `column` float [T]: the factor of each token's group; `advantage` float [T]: without it.
     """
     if not factor.size:
         return {}
-    found = _quantiles(torch.from_numpy(factor)) | {"mean": float(factor.mean())}
-    return _named(name, {"factor": found, "affected": float((factor != 1).mean())})
+    on, touched = table.main, table.main & (column != 1)
+    found: dict[str, Value] = {
+        "factor": _quantiles(torch.from_numpy(factor)) | {"mean": float(factor.mean())},
+        "factor_by_lag": by_lag(column, on, table),
+        "affected": float((factor != 1).mean()),
+        "affected_by_lag": by_lag(touched, on, table),
+    }
+    return _named(name, found) | _negative(name, touched, replace(table, advantage=advantage))
+
+
+def picked(chosen: Tensor, table: Table, sets: Mapping[str, Tensor]) -> dict[str, Value]:
+    """Of the tokens that a method has picked, bool [T], the share of each of `sets`, bool [T]; and
+    by lag these shares, and that of the picked ones among the main tokens (absent where none is).
+    """
+    found: dict[str, Value] = {key: _share(which & chosen, chosen) for key, which in sets.items()}
+    if bool(chosen.any()):
+        found["chosen_by_lag"] = by_lag(chosen, table.main, table)
+        found |= {f"{key}_by_lag": by_lag(which, chosen, table) for key, which in sets.items()}
+    return found
 
 
 def by_lag(values: Tensor, on: Tensor, table: Table) -> dict[str, float]:

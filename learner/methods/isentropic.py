@@ -43,7 +43,7 @@ import msgspec
 
 from common.config import NaturalInt, NotNegative, Positive, need
 from common.errors import ConfigError
-from learner.methods.base import Governed, Method, State, finite, refuse_above
+from learner.methods.base import Governed, Method, State, finite, known, refuse_above
 from learner.methods.calibrate import Gain
 
 if TYPE_CHECKING:
@@ -255,8 +255,9 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         }
 
     def observe(self, state: State, facts: Mapping[str, float]) -> State:
-        entropy, own = facts["entropy"], _own(facts)
-        self._check_reachable(own["target"], facts["max_entropy"])
+        entropy, own = known(self, facts, "entropy"), _own(facts)
+        start = entropy if state["start"] is None else state["start"]
+        self._check_reachable(start, facts["max_entropy"])
         gain = Gain.of(state["gain"])
         if state["last"] is not None:
             predicted, before = state["last"]
@@ -267,7 +268,7 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
             net = own["up"] - own["down"] + own["lambda"] * flow + own.get("push", 0.0)
             last = (net / flow, entropy)
         return {
-            "start": entropy if state["start"] is None else state["start"],
+            "start": start,
             "smooth": _smooth(state, entropy),
             "target": own["target"],
             "integral": self._integrate(state, own),
@@ -275,13 +276,17 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
             "last": last,
         }
 
-    def _check_reachable(self, target: float, max_entropy: float) -> None:
-        if self.preset is None and target > max_entropy:
-            raise ConfigError(
-                f"methods: 'isentropic': target = {self.target:g} times the starting entropy is "
-                f"{target:.3f} nats, above the largest entropy of this vocabulary, "
-                f"{max_entropy:.3f}; take less"
-            )
+    def _check_reachable(self, start: float, max_entropy: float) -> None:
+        """Raises ConfigError; for targets of later steps too, which need not be waited for."""
+        if self.preset is not None or self.unit == "nats":
+            return
+        for target in (self.target, *(target for _, target in self.changes)):
+            if target * start > max_entropy:
+                raise ConfigError(
+                    f"methods: 'isentropic': target = {target:g} times the starting entropy is "
+                    f"{target * start:.3f} nats, above the largest entropy of this vocabulary, "
+                    f"{max_entropy:.3f}; take less"
+                )
 
     def _integrate(self, state: State, own: Mapping[str, float]) -> float:
         integral, target, error = state["integral"], own["target"], own["error"]

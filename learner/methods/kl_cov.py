@@ -13,6 +13,7 @@ from learner.methods.base import Method, blocks, finite, moments
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from learner.methods.effect import Value
     from learner.table import Table
 
 _INERT = 1e-6  # nearer to its anchor than this, a token is not pulled
@@ -87,16 +88,13 @@ class KlCov(Method, frozen=True, kw_only=True, tag="kl_cov"):
         left = 1.0 if not self.anneal else max(0.0, 1.0 - table.when[1] / self.anneal)
         return self.beta * left
 
-    def numbers(self, table: Table, plan: Tensor) -> Mapping[str, float]:
-        chosen = plan.bool()
-        near = (table.logp - self._anchor(table)).abs()[chosen] < _INERT
-        bad = (table.advantage < 0)[chosen]
-        n = max(1, int(chosen.sum()))
-        return {
-            "chosen": float(chosen.sum()),
-            "inert": float(near.sum()) / n,
-            "negative": float(bad.sum()) / n,
-        }
+    def numbers(self, table: Table, plan: Tensor) -> Mapping[str, Value]:
+        from learner.methods.effect import picked
+
+        chosen = plan > 0
+        near = (table.logp - self._anchor(table)).abs() < _INERT
+        sets = {"inert": near, "negative": table.advantage < 0}
+        return {"chosen": float(chosen.sum())} | picked(chosen, table, sets)
 
     def _anchor(self, table: Table) -> Tensor:
         anchor = self.anchor or ("auto" if self.preset is None else "proximal")
