@@ -47,7 +47,8 @@ class SoftState:
                 socket_timeout=timeout_s,
                 socket_connect_timeout=timeout_s,
                 socket_read_size=1 << 20,  # of blobs; the default of 64 KiB halves their speed
-                retry=Retry(NoBackoff(), 1),  # a pooled connection may have died with its server
+                # a pooled connection may have died with its server; silence is waited for once
+                retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
             )
         except ConfigError as error:
             raise ConfigError(f"run.redis: {error}") from None

@@ -1,9 +1,11 @@
 """What the registry promises: numbers rise, zombies are refused, waiting ends."""
 
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -159,6 +161,21 @@ def test_a_redis_that_hangs_ends_every_wait_too(tmp_path: Path) -> None:
     assert registry.latest() == 0
     registry.close()
     server.stop()
+
+
+def test_silence_is_waited_for_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        registry = Registry(f"redis://127.0.0.1:{mute.getsockname()[1]}", "run", timeout_s=1.0)
+        with pytest.raises(DeadlineError, match="did not answer within 1 s"):
+            registry.latest()
+        registry.close()
+        asked = 0
+        mute.settimeout(0.0)
+        with suppress(BlockingIOError):
+            while True:
+                mute.accept()[0].close()
+                asked += 1
+    assert asked == 1
 
 
 def test_who_lives_is_known_until_it_leaves_or_falls_silent(registry: Registry) -> None:
