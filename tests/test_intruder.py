@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import socket
 import threading
 import time
@@ -84,6 +85,26 @@ def _bytes_back(endpoint: str, *said: bytes) -> bytes:
             with contextlib.suppress(TimeoutError, ConnectionResetError):
                 back += raw.recv(1 << 16)
     return back
+
+
+TOP = Path(__file__).resolve().parents[1]
+LISTENERS = {  # who opens a port, or a ZeroMQ socket
+    "common/channel.py": "where keys are demanded off loopback",
+    "common/dash_server.py": "the page: loopback unless told otherwise",
+    "common/doctor.py": "tries a port and closes it",
+    "common/redis_server.py": "asks the kernel for a free port of loopback",
+}
+
+
+def test_ports_are_opened_where_keys_are_demanded_and_nowhere_else() -> None:
+    opens = re.compile(r"\.bind\(|\.listen\(|create_server\(|server_bind|\.socket\(zmq\.")
+    found = {
+        str(path.relative_to(TOP))
+        for package in ("actor", "common", "learner")
+        for path in (TOP / package).rglob("*.py")
+        if opens.search(path.read_text(encoding="utf-8"))
+    }
+    assert found == set(LISTENERS)
 
 
 def test_a_stranger_with_a_key_of_its_own_is_told_nothing_at_all(door: Door) -> None:
