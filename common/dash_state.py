@@ -53,7 +53,7 @@ class Watch:
         return {
             **facts,
             **plain,
-            "silent_s": round(silent_s) if silent_s > SILENT_S and now.phase != "done" else 0,
+            "silent_s": round(silent_s) if silent_s > SILENT_S and not now.over else 0,
             "actor_idle": actor_idle(now),
             "lag_histogram": histogram(now.lags, now.max_lag),
         }

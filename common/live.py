@@ -103,7 +103,7 @@ def render(
 def _head(now: Status, title: str) -> RenderableType:
     silent_s = time.time() - now.at
     phase: tuple[str, str] = (now.phase, "bold green")
-    if now.phase != "done" and silent_s > SILENT_S:  # it starts, catches up, or is gone
+    if not now.over and silent_s > SILENT_S:  # it starts, catches up, or is gone
         phase = (f"{now.phase}, no word of the learner for {silent_s:.0f} s", "bold yellow")
     said = Text.assemble(("isentrope ", "bold"), (title or now.run, "cyan"), "  ", phase)
     return Rule(said, align="left", style="dim")
@@ -117,7 +117,7 @@ def _progress(now: Status, width: int) -> RenderableType:
         point = now.heldout[-1]
         share = point.done / point.of if point.of else 0.0
         tail = f" {point.done}/{point.of} held-out answers"
-    elif now.phase != "done":
+    elif not now.over:
         tail += f", {clock(now.eta_s)} to go"
     drawn = bar(share, max(10, width - len(tail) - 1))
     return Text.assemble(
@@ -132,7 +132,7 @@ def _curves(now: Status, lines: Sequence[Mapping[str, Any]], width: int) -> Rend
     """Correct (every group), reward (those trained on), entropy and its target, length; the
     held-out points.
     """
-    aim = metrics.target(lines[-1]) if lines else None
+    aim = now.entropy_target
     room = max(8, width - (36 if aim is None else 49))
     table = Table.grid(padding=(0, 1))
     for name, value, style in (
@@ -244,7 +244,7 @@ def _remarks(now: Status) -> list[RenderableType]:
 
 
 def _notes(now: Status | None, notes: Sequence[str]) -> list[RenderableType]:
-    warnings = now.warnings if now is not None and now.phase != "done" else []
+    warnings = now.warnings if now is not None and not now.over else []
     return [
         *(Text(f"! {warning}", "bold yellow") for warning in warnings),
         *(Text(f"· {note}", "dim") for note in notes[-NOTES:]),
@@ -312,7 +312,7 @@ class PlainView:
                 if (text := f"{name}: {remark}") not in self._remarked:
                     self._say(f"note: {text}")
                     self._remarked.add(text)
-        if now.phase in ("evaluating", "draining", "done") and now.phase != self._phase:
+        if now.phase in ("evaluating", "draining", "stopped", "done") and now.phase != self._phase:
             self._say(now.phase)
         self._phase = now.phase
 

@@ -182,7 +182,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 class Reader:
     """As `read`, again and again while the file grows: each look takes what was written since, and
-    keeps of a line the named numbers and the targets only.
+    keeps of a line what is named only.
     """
 
     def __init__(self, folder: Path, names: Collection[str]) -> None:
@@ -208,8 +208,7 @@ class Reader:
             whole, newline, _ = file.read().rpartition(b"\n")
         self._at += len(whole + newline)
         for line in _decoded(whole):
-            kept = {k: v for k, v in line.items() if k in self._names or k.endswith("/target")}
-            self._lines[line["step"]] = kept
+            self._lines[line["step"]] = {k: v for k, v in line.items() if k in self._names}
         return [self._lines[step] for step in sorted(self._lines)]
 
 

@@ -55,7 +55,7 @@ def text(now: Status | None, line: Mapping[str, Any], at: float) -> str:
 
 
 def _up(now: Status | None, at: float) -> float:
-    return float(now is not None and now.phase != "done" and at - now.at < 60.0)
+    return float(now is not None and not now.over and at - now.at < 60.0)
 
 
 def _family(name: str, kind: str, words: str, samples: Iterable[Sample]) -> str:

@@ -18,14 +18,14 @@ import msgspec
 FILE = "status.json"
 EVERY_S = 0.5
 
-Phase = Literal["starting", "evaluating", "waiting", "training", "publishing", "draining", "done"]
+Phase = Literal["starting", "evaluating", "waiting", "training", "draining", "stopped", "done"]
 PHASES: tuple[Phase, ...] = (
     "starting",
     "evaluating",
     "waiting",
     "training",
-    "publishing",
     "draining",
+    "stopped",
     "done",
 )
 
@@ -121,7 +121,7 @@ class Status(msgspec.Struct, kw_only=True):
     reward: float | None = None  # of the last step
     length: float | None = None
     entropy: float | None = None
-    entropy_target: float | None = None
+    entropy_target: float | None = None  # of the method that has one
     heldout: list[Heldout] = []
     lags: dict[int, int] = {}  # lag -> rollouts trained on, over the run
     max_lag: int = 0
@@ -133,6 +133,11 @@ class Status(msgspec.Struct, kw_only=True):
     tokens_per_s: float = 0.0  # trained, over the last steps
     actors: dict[str, ActorStatus] = {}
     warnings: list[str] = []  # what a person should know now: a full disk, Redis away, no actors
+
+    @property
+    def over(self) -> bool:
+        """The learner has ended; nothing of this changes any more."""
+        return self.phase in ("stopped", "done")
 
 
 class StatusFile:

@@ -108,7 +108,7 @@ def _looks(
     def look(width: int) -> tuple[RenderableType, bool]:
         now = _look(run_folder, redis_url)
         lines = reader.lines() if reader is not None else []
-        return render(now, lines, (), width, title), now is not None and now.phase == "done"
+        return render(now, lines, (), width, title), now is not None and now.over
 
     return look
 

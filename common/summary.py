@@ -87,8 +87,9 @@ def _learned(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _change(summary: Mapping[str, Any], key: str, ends: tuple[str, str], digits: int) -> str:
-    first, last = (number(summary.get(f"{key}_{end}"), digits) for end in ends)
-    return f"{first} → {last}"
+    """The two numbers; of a run that was stopped the first alone may be there."""
+    values = [summary.get(f"{key}_{end}") for end in ends]
+    return " → ".join(number(value, digits) for value in values if value is not None) or "–"
 
 
 def _verdict(summary: Mapping[str, Any]) -> str:

@@ -89,7 +89,7 @@ class Report:
             self._show(desk, t)
 
     def finish(self, ending: str, desk: Desk, t: int) -> None:
-        self.phase = "done"
+        self.phase = "stopped" if ending == "stopped" else "done"
         self._show(desk, t)
         summary = self._course.summary(ending, t, desk.look(desk.ledger.sums).get("main"))
         (self._folder.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

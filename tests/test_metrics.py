@@ -82,8 +82,8 @@ def test_a_reader_takes_what_was_written_since_and_keeps_what_it_was_asked_for(
 ) -> None:
     reader, path = Reader(tmp_path, ("reward",)), tmp_path / FILE
     assert reader.lines() == []
-    path.write_bytes(b'{"step":1,"reward":0.5,"lag":{"0":3},"methods/aepo/target":0.2}\n{"step":2')
-    first = {"step": 1, "reward": 0.5, "methods/aepo/target": 0.2}
+    path.write_bytes(b'{"step":1,"reward":0.5,"lag":{"0":3}}\n{"step":2')
+    first = {"step": 1, "reward": 0.5}
     assert reader.lines() == [first]
     with path.open("ab") as file:
         file.write(b',"reward":0.6}\n{cut\n{"step":3}\n{"step":2,"reward":0.7}\n')

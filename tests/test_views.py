@@ -95,13 +95,12 @@ def test_the_live_picture_says_it_all_within_the_width(tmp_path: Path, width: in
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_the_entropy_stands_beside_the_target_of_whichever_method_has_one(width: int) -> None:
-    def line(step: int) -> dict[str, float]:
-        return {"step": step, "entropy": 0.31, "methods/aepo/target": 0.297, "methods/aepo/x": 1.0}
-
+def test_the_entropy_stands_beside_its_target(width: int) -> None:
+    now, lines = a_status(), [{"step": step, "entropy": 0.31} for step in range(300)]
+    now.entropy_target = 0.297
     console = Console(width=width, force_terminal=False)
     with console.capture() as captured:
-        console.print(live.render(a_status(), [line(s) for s in range(300)], (), width))
+        console.print(live.render(now, lines, (), width))
     (row,) = (row for row in captured.get().splitlines() if row.startswith("entropy"))
     assert row.rstrip().endswith("0.31 → 0.31, target 0.297")
 
@@ -243,6 +242,17 @@ def test_plot_of_a_run_without_a_step_says_so(tmp_path: Path) -> None:
     done = isentrope("plot", str(tmp_path))
     assert done.returncode == 2
     assert "nothing to draw" in done.stderr
+
+
+def test_a_run_that_was_stopped_is_over_and_not_called_done(tmp_path: Path) -> None:
+    now = a_status()
+    now.phase, now.at = "stopped", now.at - 99
+    text = shown(now, tmp_path, 80)
+    assert "stopped" in text
+    assert "no word of the learner" not in text
+    assert "to go" not in text
+    rows = dict(summary.rows({"steps": 9, "heldout_before": 0.5, "heldout_after": None}))
+    assert (rows["held-out"], rows["entropy"]) == ("0.500", "– nats per token")
 
 
 def test_the_summary_says_what_rose_and_what_was_dropped() -> None:

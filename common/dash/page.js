@@ -3,7 +3,8 @@
 const EVERY_MS = { status: 1000, series: 1500, rollouts: 4000 };
 const FATES = { groups: "green", trained: "green", evaluated: "green", scored: "green", zero_variance: "grey", stale: "red",
   truncated: "orange", invalid: "red", verifier_error: "orange", failed: "red", surplus: "orange", buffered: "blue", in_flight: "purple" };
-const LIVE = ["evaluating", "waiting", "training", "publishing"];
+const LIVE = ["evaluating", "waiting", "training"];
+const over = (now) => ["stopped", "done"].includes(now.phase);
 const byId = (id) => document.getElementById(id);
 const words = (name) => name.replaceAll("_", " ");
 const cards = {};
@@ -39,10 +40,10 @@ function showStatus(now) {
   const silent = now.silent_s > 0;
   const pill = byId("phase");
   pill.textContent = now.phase ? (silent ? `${now.phase}, silent for ${time(now.silent_s)}` : now.phase) : "waiting for the run";
-  pill.className = "pill " + (silent ? "wrong" : now.phase === "done" ? "done" : LIVE.includes(now.phase) ? "live" : "");
+  pill.className = "pill " + (silent ? "wrong" : over(now) ? "done" : LIVE.includes(now.phase) ? "live" : "");
   const share = now.steps ? now.step / now.steps : 0;
   byId("progress").firstElementChild.style.width = 100 * share + "%";
-  byId("clock").textContent = now.phase ? `step ${now.step} of ${now.steps} · ${time(now.seconds)}${now.phase === "done" || now.eta_s === null ? "" : `, ${time(now.eta_s)} to go`}` : "";
+  byId("clock").textContent = now.phase ? `step ${now.step} of ${now.steps} · ${time(now.seconds)}${over(now) || now.eta_s === null ? "" : `, ${time(now.eta_s)} to go`}` : "";
   showNotes(now);
   if (now.phase) {
     showTiles(now);
@@ -55,7 +56,7 @@ function showStatus(now) {
 }
 
 function showNotes(now) {
-  const notes = [...now.notes.map((text) => ["calm", text]), ...(now.phase === "done" ? [] : (now.warnings || []).map((text) => ["", text]))];
+  const notes = [...now.notes.map((text) => ["calm", text]), ...(over(now) ? [] : (now.warnings || []).map((text) => ["", text]))];
   if (now.conserved === false) notes.unshift(["", "NOT CONSERVED: issued ≠ trained + dropped + buffered + in flight; see isentrope audit"]);
   if (now.redis.words) notes.push(["", now.redis.words]);
   byId("notes").replaceChildren(...notes.map(([kind, text]) => make("li", { class: kind }, text)));
@@ -65,11 +66,10 @@ function showTiles(now) {
   const curves = (seen.series || {}).curves || {};
   const last = (name) => (curves[name] && curves[name].y.length ? curves[name].y[curves[name].y.length - 1] : null);
   const point = [...now.heldout].sort((a, b) => a.step - b.step).pop();
-  const target = last("target");
   const tiles = [
     ["reward", short(now.reward), ""],
     ["held-out", point ? short(point.accuracy) : "–", point ? (point.done < point.of ? `${point.done}/${point.of}` : `at step ${point.step}`) : ""],
-    ["entropy", short(now.entropy), target === null ? "" : `target ${short(target)}`],
+    ["entropy", short(now.entropy), now.entropy_target === null ? "" : `target ${short(now.entropy_target)}`],
     ["version", `v${now.version}`, `lag ≤ ${now.max_lag}`],
     ["effective sample", percent(last("ess_share")), ""],
     ["learner idle", percent(now.learner_idle), ""],
