@@ -17,6 +17,7 @@ from common.journal import Journal, read
 from common.records import AnyRecord, Open, Step
 from learner.config import LearnerConfig
 from learner.desk import Desk
+from learner.follow import followers
 from learner.inbox import Selection
 from learner.ledger import Ledger
 from learner.prompts.source import Arithmetic
@@ -42,6 +43,9 @@ class Letters:
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": [4 + ord(letter) % 20 for letter in text]}
 
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        return "".join(chr(ord("a") + token) for token in tokens)
+
 
 class Counter:
     """A desk on a real socket, and what is needed to look behind it."""
@@ -62,7 +66,7 @@ class Counter:
             self.context, "tcp://127.0.0.1:0", key_files.read(keys)
         )
         self.journal = Journal(folder, incarnation)
-        self.ledger = Ledger()
+        self.ledger = Ledger(followers=followers(config, 0))
         opened = Open(run=RUN, incarnation=incarnation, config={"learner": {}})
         self.ledger.apply(opened, self.journal.append(opened))
         self.prompts = Prompts(Arithmetic(0), config.prompts, Letters(), (2,), 0, 64)  # type: ignore[arg-type]

@@ -6,13 +6,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from common import wire
+from common.records import Halt
 from learner.config import EvalConfig, LearnerConfig
 from learner.prompts.source import Arithmetic
 from learner.prompts.stream import Draft, Prompts
+from learner.synthesis.config import SynthesisConfig
+from learner.synthesis.pool import Pool
 from tests.counter import CONFIG, Counter, Letters, take, train
 
 
@@ -117,6 +121,31 @@ def test_a_group_dropped_as_stale_has_its_prompt_asked_again(counter: Counter) -
         g.ticket.parent == old.ticket.id and g.ticket.problem == problem
         for g in asked + actor.grants(1)
     )
+
+
+def test_labels_found_wrong_while_a_step_is_trained_are_out_of_the_next_one(tmp_path: Path) -> None:
+    wrong = SynthesisConfig(label="program_verified", labeller="arithmetic")
+    counter = Counter(tmp_path, msgspec.structs.replace(CONFIG, synthesis=wrong))
+
+    def find_out() -> None:
+        pool = counter.ledger.followers["synthesis"]
+        assert isinstance(pool, Pool)
+        pool.state.audited = pool.state.wrong = 8
+        pool.changes += 1
+
+    try:
+        counter.desk.announce(0)
+        actor = counter.actor(capacity=99)
+        for grant in actor.grants(2):
+            actor.answer(grant)
+        batch = take(counter)
+        counter.desk.call(find_out)
+        assert counter.desk.wait(lambda: counter.ledger.halted, lambda: False) == 1
+        train(counter, batch)
+        (halt,) = (record for record in counter.records() if isinstance(record, Halt))
+        assert (halt.t, halt.reason[:4]) == (1, "8 of")
+    finally:
+        counter.close()
 
 
 def test_an_error_in_the_desks_thread_is_raised_in_the_trainers(counter: Counter) -> None:
