@@ -2,7 +2,7 @@
 
 const EVERY_MS = { status: 1000, series: 1500, rollouts: 4000 };
 const FATES = { groups: "green", trained: "green", evaluated: "green", scored: "green", zero_variance: "grey", stale: "red",
-  truncated: "orange", invalid: "red", verifier_error: "orange", failed: "red", surplus: "orange", buffered: "blue", in_flight: "purple" };
+  truncated: "orange", invalid: "red", verifier_error: "orange", suspect_label: "red", failed: "red", surplus: "orange", buffered: "blue", in_flight: "purple" };
 const LIVE = ["evaluating", "waiting", "training"];
 const over = (now) => ["stopped", "done"].includes(now.phase);
 const byId = (id) => document.getElementById(id);
