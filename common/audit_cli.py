@@ -52,6 +52,8 @@ def _table(found: Audit) -> Table:
 
 
 def _verdict(found: Audit) -> str:
+    if not found.incarnations and found.ok:
+        return "nothing to check yet: no learner has written to its journal"
     facts = (
         f"{found.steps} steps, learner started {found.incarnations}×, "
         f"lag at most {found.lag_max} of {found.max_lag} (mean {found.lag_mean:.2f}), "

@@ -18,9 +18,13 @@ import click
 from common.errors import IsentropeError
 
 GROUP = "isentrope.commands"
-PATHS = (  # what a path can be wrong by; a full disk, a lost file system keep their traceback
-    *(FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError),
-)
+PATHS: dict[type[OSError], str] = {  # a full disk, a lost file system keep their traceback
+    FileNotFoundError: "is it spelled right, and is its folder there?",
+    FileExistsError: "move it away, or name another place",
+    IsADirectoryError: "name a file",
+    NotADirectoryError: "name a folder",
+    PermissionError: "may this user read and write there?",
+}
 
 
 class Subcommands(click.Group):
@@ -88,10 +92,11 @@ def standalone(command: click.Command, name: str | None = None) -> None:
         command.main(prog_name=name)
     except IsentropeError as error:
         _end(name or command.name, str(error), error.exit_code)
-    except PATHS as error:
+    except tuple(PATHS) as error:
         if error.filename is None:
             raise
-        _end(name or command.name, f"{error.filename}: {error.strerror}", 2)
+        advice = PATHS[type(error)]
+        _end(name or command.name, f"{error.filename}: {error.strerror}; {advice}", 2)
 
 
 def _end(name: str | None, said: str, exit_code: int) -> NoReturn:

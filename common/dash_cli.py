@@ -51,6 +51,10 @@ def dash(
             "so it stays on loopback; reach it by ssh -L, or add --allow-remote"
         )
     folder = Path("runs") if run_folder is None and redis is None else run_folder
+    if folder is not None and folder.is_file():
+        raise ConfigError(
+            f"{folder} is a file: give the folder of a run, or one that holds several"
+        )
     several = folder is not None and (folder == Path("runs") or bool(found(folder)))
     if several and redis is not None:
         raise click.UsageError(f"{folder} holds several runs: --redis goes with one of them")

@@ -84,6 +84,10 @@ def locate(recipe: str) -> Path:
     for path in (Path(recipe).expanduser(), SHIPPED / f"{recipe}.toml"):
         if path.is_file():
             return path
+    if Path(recipe).expanduser().is_dir():
+        raise ConfigError(
+            f"{recipe} is a folder: give the TOML file of a recipe, or --resume to go on with a run"
+        )
     if recipe.endswith(".toml") or "/" in recipe:
         raise ConfigError(f"no recipe {recipe!r}: there is no such file")
     near = _nearest(recipe, names())

@@ -97,7 +97,7 @@ def rollouts(
     existing_run(run_folder)
     found = chosen(run_folder, Filter(**wanted), count, sort)
     if not found:
-        raise DataError(f"{run_folder}: no rollout is like that; try fewer filters")
+        raise DataError(f"{run_folder}: no rollout is like that; {_there(run_folder)}")
     if as_json:
         decode = rollouts_look.decoder(run_folder)
         for said, reward in found:
@@ -146,6 +146,28 @@ def _matching(folder: Path, wanted: Filter) -> Iterator[tuple[Said, float]]:
         value = reward(said.rollout, said.ticket.grading)
         if wanted.passes(said, value):
             yield said, value
+
+
+def _there(folder: Path) -> str:
+    """What there is to choose from."""
+    from common.rollouts import read
+    from common.runfolder import RunFolder
+
+    every = list(read(RunFolder.open(folder).journal))
+    if not every:
+        return "its journal has none at all yet"
+    steps = [said.step for said in every if said.step is not None]
+    names: dict[str, set[str]] = {
+        "kinds": {str(said.ticket.kind) for said in every},
+        "fates": {said.fate for said in every},
+        "sources": {said.ticket.source for said in every},
+        "templates": {said.ticket.template for said in every},
+    }
+    told = [
+        f"{what} {', '.join(sorted(filter(None, of)))}" for what, of in names.items() if any(of)
+    ]
+    told += [f"steps {min(steps)} to {max(steps)}"] if steps else []
+    return f"there are: {'; '.join(told)}"
 
 
 def _surprisal(said: Said) -> float:

@@ -130,7 +130,18 @@ def test_a_path_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = isentrope("plot", str(tmp_path), "--out", str(tmp_path / "file" / "plots"))
     assert done.returncode == 2
-    assert done.stderr == f"isentrope: {tmp_path / 'file' / 'plots'}: Not a directory\n"
+    place = tmp_path / "file" / "plots"
+    assert done.stderr == f"isentrope: {place}: Not a directory; name a folder\n"
+
+
+def test_a_folder_is_no_recipe_and_a_file_no_run_to_watch(tmp_path: Path) -> None:
+    done = isentrope("run", str(tmp_path))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"{tmp_path} is a folder" in done.stderr
+    (tmp_path / "file").write_text("")
+    done = isentrope("dash", str(tmp_path / "file"))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"{tmp_path / 'file'} is a file" in done.stderr
 
 
 def test_an_empty_file_is_no_recipe(tmp_path: Path) -> None:

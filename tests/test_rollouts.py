@@ -200,7 +200,9 @@ def test_parts_of_the_reward_are_shown_turn_by_turn(tmp_path: Path) -> None:
 
 
 def test_nothing_that_fits_is_said_in_one_line(run: Path) -> None:
-    assert "no rollout is like that" in str(ask(run, "--step", "77").exception)
+    said = str(ask(run, "--step", "77").exception)
+    assert "no rollout is like that; there are: kinds eval, main; fates buffered" in said
+    assert "sources gym, sums; templates t0, t1, t2; steps 1 to 2" in said
 
 
 class Tags(HTMLParser):
