@@ -21,7 +21,7 @@ from common.episodes import Voice
 from common.errors import DataError, DeadlineError
 
 MOST_BYTES = 1 << 20  # of an answer
-THREADS = 8
+THREADS = 32  # questions of one actor at once; what waits for a thread waits within its deadline
 _PIECE = 1 << 14
 _OK = 200
 

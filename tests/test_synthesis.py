@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from common.errors import ConfigError
+from common.recipe import load
 from learner.advantage import advantages
 from learner.config import LearnerConfig
 from learner.prompts.arithmetic import draw
@@ -220,6 +222,16 @@ def test_a_labeller_that_does_not_exist_is_named() -> None:
         Labeller("python:no.such:thing")
 
 
+def test_a_labeller_of_the_working_folder_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a learner is started: without the working folder before what is installed (-P)."""
+    (tmp_path / "my_labels.py").write_text("def label(problem): return problem[::-1]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    assert label.load("python:my_labels:label")("12") == "21"
+
+
 def test_a_labellers_module_that_breaks_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,6 +295,14 @@ def test_a_table_that_cannot_work_is_refused_by_its_field(
     with pytest.raises(ConfigError) as raised:
         SynthesisConfig(**fields).check()  # type: ignore[arg-type]
     assert said in str(raised.value)
+
+
+def test_the_pools_share_of_the_prompts_has_a_hard_cap() -> None:
+    sections = {"learner": LearnerConfig}
+    most = load("synthesis", sections, ["learner.synthesis.ratio=0.5"])["learner"]
+    assert most.synthesis.ratio == 0.5
+    with pytest.raises(ConfigError, match=r"ratio"):
+        load("synthesis", sections, ["learner.synthesis.ratio=0.51"])
 
 
 def test_a_scorer_that_knows_its_own_problems_only_is_refused_for_others() -> None:
