@@ -210,7 +210,11 @@ def _graders(learner: Any) -> Iterator[Finding]:
     for prompts in learner.prompts.each():
         names |= dict.fromkeys([part.grader for part in prompts.parts] or [prompts.grader])
     for name in names:
-        code = f"from actor.grade.graders import resolve; resolve({name!r})"
+        code = (
+            "from actor.grade.graders import resolve\n"
+            "from common.process import import_from_here\n"
+            f"import_from_here()\nresolve({name!r})"
+        )
         done, _, told = _ask("-c", code)
         if done:
             yield Finding("fail", "grader", told[-1].partition("Error: ")[2] or told[-1])
@@ -220,7 +224,7 @@ def _graders(learner: Any) -> Iterator[Finding]:
 
 def _ask(*arguments: str) -> tuple[bool, list[str], list[str]]:
     """Of a Python process: whether it failed, what it said, what it said of errors, in lines."""
-    command = [sys.executable, *arguments]
+    command = [sys.executable, "-P", *arguments]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=LONGEST_S

@@ -59,6 +59,15 @@ def kill_session(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def import_from_here() -> None:
+    """A user's modules in the working folder can be imported, after everything that is installed:
+    a folder `common` there does not stand in the way of ours.
+    """
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+
+
 def die_with_parent() -> None:
     """Ask the kernel to kill this process when its parent is gone (Linux)."""
     ask = _die_with(os.getppid())

@@ -180,6 +180,21 @@ async def test_a_process_that_died_while_it_was_idle_costs_nobodys_verdict(pool:
     assert await pool.grade("?", ["abc"], _grading("length")) == [Verdict({"length": 3.0})]
 
 
+async def test_a_grader_of_the_working_folder_is_found_and_nothing_there_hides_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text("def two(completions, **_): return [2.0] * len(completions)")
+    for name in ("common", "actor"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('not ours')")
+    monkeypatch.delenv("PYTHONPATH")
+    monkeypatch.chdir(tmp_path)
+    pool = Pool(workers=1, timeout_s=10.0)
+    grading = Grading(parts=(GradePart(name="x", grader="python:mine:two"),))
+    assert await pool.grade("?", ["a"], grading) == [Verdict({"x": 2.0})]
+    await pool.close()
+
+
 async def test_what_a_grader_started_goes_with_its_process(tmp_path: Path) -> None:
     pool, place = Pool(workers=1, timeout_s=0.5), tmp_path / "pids"
     await pool.grade("?", [str(place)], _grading("parent"))

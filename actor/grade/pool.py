@@ -212,7 +212,7 @@ class Worker:
 
     async def _start(self) -> asyncio.subprocess.Process:
         pipe = asyncio.subprocess.PIPE
-        command = (sys.executable, "-m", "actor.grade.worker")
+        command = (sys.executable, "-P", "-m", "actor.grade.worker")
         starting = asyncio.ensure_future(
             asyncio.create_subprocess_exec(
                 *command, stdin=pipe, stdout=pipe, start_new_session=True

@@ -22,6 +22,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from common.errors import ConfigError
+from common.process import import_from_here
 from learner.prompts.arithmetic import split_of
 
 DEADLINE_S = 20.0  # for one label
@@ -95,6 +96,7 @@ def load(name: str) -> Label:
     if name == "arithmetic":
         return arithmetic
     _, module, function = name.split(":")
+    import_from_here()
     try:
         found: Label = getattr(importlib.import_module(module), function)
     except Exception as error:  # noqa: BLE001  a module of the user's may raise anything
