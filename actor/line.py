@@ -16,7 +16,7 @@ import zmq.asyncio
 from common.channel import Keys, connect_dealer
 from common.codec import Codec
 from common.errors import ConfigError, DeadlineError, IsentropeError, WireError
-from common.wire import FromActor, FromLearner, Hello, Refused, Welcome
+from common.wire import Answer, FromActor, FromLearner, Hello, Refused, Welcome
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,11 @@ class Line:
         try:
             async with asyncio.timeout(self.welcome_s):
                 while not isinstance(message := await self._next(self._socket), Welcome):
-                    pass
+                    if isinstance(message, Answer) and message.ticket < 0:
+                        raise ConfigError(
+                            f"the learner at {self.endpoint} cannot use this actor's Hello: "
+                            f"{message.reason}; start both with the same code"
+                        )
         except TimeoutError:
             raise DeadlineError(
                 f"no answer from a learner at {self.endpoint} within {self.welcome_s:g} s"

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from actor.line import Line
 from common import wire
+from common.errors import ConfigError
 from common.records import Admit
 from learner.config import LearnerConfig
 from tests.counter import CONFIG, DIGEST, Actor, Counter, result, take, train
@@ -74,6 +76,24 @@ def test_an_actor_of_another_revision_and_another_engine_is_as_welcome_as_any(
             assert actor.hear(wire.Welcome)
             assert actor.answer(actor.grants(1)[0]) == "ack"
     finally:
+        counter.close()
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "x" * 300_000])
+async def test_a_hello_that_the_learner_cannot_use_is_final_and_says_why(
+    tmp_path: Path, name: str
+) -> None:
+    """As one of a later version may be: nobody waits in vain for a welcome."""
+    counter, hello = (
+        Counter(tmp_path),
+        wire.Hello(protocol=1, digest=DIGEST, actor=name, capacity=1),
+    )
+    line = Line(counter.endpoint, 1 << 20)
+    try:
+        with pytest.raises(ConfigError, match=r"this actor's Hello: (name|oversized)"):
+            await line.greet(hello)
+    finally:
+        await line.close()
         counter.close()
 
 
