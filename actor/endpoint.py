@@ -43,6 +43,8 @@ class Endpoint:
                 return await asked
         except TimeoutError:
             raise DeadlineError(f"{voice.place}: no answer within {voice.seconds:g} s") from None
+        except DataError as error:
+            raise DataError(_without_key(voice, str(error))) from None
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -112,6 +114,12 @@ def _key(voice: Voice) -> dict[str, str]:
     if not (key.isascii() and key.isprintable()):
         raise DataError(f"{voice.place}: ${voice.key} is no key: a line break, or no ASCII, in it")
     return {"Authorization": f"Bearer {key}"}
+
+
+def _without_key(voice: Voice, words: str) -> str:
+    """An endpoint may quote what it was sent, and what goes wrong is logged."""
+    key = os.environ.get(voice.key) if voice.key else None
+    return words.replace(key, "***") if key else words
 
 
 def _left(until: float) -> float:

@@ -72,6 +72,23 @@ async def test_an_endpoint_that_answers_something_else_is_down(
     assert (said.words, event) == ("", "feedback_down")
 
 
+@pytest.mark.parametrize(("body", "status"), [(b"s3cret!", "200 OK"), (b"", "401 bad key s3cret")])
+async def test_an_endpoint_that_quotes_the_key_does_not_bring_it_into_the_log(
+    voices: Voices,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    body: bytes,
+    status: str,
+) -> None:
+    monkeypatch.setenv("OUR_KEY", "s3cret")
+    async with endpoint(body, status) as (place, _):
+        voice = Voice(place=place, key="OUR_KEY", seconds=30)
+        _, event = await voices.ask("feedback", voice, ASKED, 64)
+    assert event == "feedback_down"
+    assert "***" in caplog.text
+    assert "s3cret" not in caplog.text
+
+
 async def test_an_endpoint_that_is_not_there_slow_or_has_no_key_is_named(voices: Voices) -> None:
     async with endpoint(completion("words"), pause_s=60) as (place, _):
         late = await voices.ask("feedback", Voice(place=place, seconds=0.3), ASKED, 64)
