@@ -39,6 +39,7 @@ from tests.published import put
 
 TOP = Path(__file__).parent.parent
 RUN = "run-1"
+PATIENCE_S = 40.0  # of tests, with an actor on a machine that may be busy
 FAST = ScriptedConfig(tokens_per_s=1e6)
 M = TypeVar("M", bound=wire.Message)
 
@@ -53,7 +54,7 @@ class Learner:
         self.socket, self.endpoint = bind_router(context, "tcp://127.0.0.1:*")
         self.peer = b""
 
-    async def receive(self, kind: type[M], within_s: float = 5.0) -> M:
+    async def receive(self, kind: type[M], within_s: float = PATIENCE_S) -> M:
         """The next message of `kind`; others are passed over."""
         async with asyncio.timeout(within_s):
             while True:
@@ -87,7 +88,7 @@ class Learner:
         """A new life at the same address."""
         self.socket.close(0)
         self.incarnation += 1
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 try:
                     self.socket, _ = bind_router(self.context, self.endpoint)
@@ -121,7 +122,7 @@ class Stage:
 
     async def ended(self) -> None:
         assert self.task is not None
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await self.task
 
 

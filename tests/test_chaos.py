@@ -237,7 +237,7 @@ class Scene:
 
 def _tick(cluster: Cluster, holds: object) -> None:
     assert callable(holds)
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < until
         cluster.tick()

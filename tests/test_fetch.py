@@ -51,7 +51,7 @@ async def following(
 
 async def until(fetcher: Fetcher, counter: str, count: int = 1) -> None:
     """A counter has no event: ask often."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(40):
         while fetcher.counts[counter] < count:
             await asyncio.sleep(0.01)
 

@@ -145,7 +145,7 @@ def test_a_fetch_without_a_byte_for_too_long_says_how_far_it_came(
     try:
         with pytest.raises(DeadlineError, match="0 of"):
             fetch(registry, store, silence_s=0.2)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
     finally:
         os.close(os.open(pipe, os.O_RDWR | os.O_NONBLOCK))  # frees the thread that waits
 

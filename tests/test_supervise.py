@@ -172,7 +172,7 @@ def test_the_second_signal_kills_what_does_not_drain(tmp_path: Path) -> None:
     supervisor = Supervisor(learner, [], None, Notes(look))
     began = time.monotonic()
     supervisor.run()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
     assert not _runs(learner)
 
 
@@ -183,7 +183,7 @@ def test_no_child_outlives_a_supervisor_that_is_killed(tmp_path: Path) -> None:
         assert all(_exists(pid) for pid in pids)
         process.kill()
         process.wait()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while any(_exists(pid) for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert not [pid for pid in pids if _exists(pid)]

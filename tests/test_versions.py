@@ -155,7 +155,7 @@ def test_a_redis_that_hangs_ends_every_wait_too(tmp_path: Path) -> None:
             registry.latest()
         assert registry.live("learner", "{}") is False
         assert registry.live("learner", "{}") is False  # left alone by now
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
     finally:
         server.process.send_signal(signal.SIGCONT)
     assert registry.latest() == 0
