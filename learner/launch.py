@@ -19,7 +19,7 @@ from common.errors import RankError
 from common.process import kill_session, spawn
 from learner.config import STORE_VARIABLE
 
-PATIENCE_S = 10.0  # from the end of the first rank that failed: the others notice it themselves
+PATIENCE_S = 10.0  # from the end of one rank to that of the next: they notice it themselves
 
 _Ended = queue.SimpleQueue[int]
 
@@ -53,12 +53,13 @@ def _watch(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     ended = _Ended()
     for rank, process in enumerate(ranks):
         threading.Thread(target=_tell, args=(rank, process, ended), daemon=True).start()
-    first = None
+    first, patience_s = None, None
     for _ in ranks:
         try:
-            rank = ended.get(timeout=None if first is None else PATIENCE_S)
+            rank = ended.get(timeout=patience_s)
         except queue.Empty:
             break
+        patience_s = PATIENCE_S
         if first is None and ranks[rank].returncode:
             first = rank
     if first is None:
