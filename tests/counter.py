@@ -136,7 +136,7 @@ class Actor:
             )
         )
 
-    def hear(self, kind: type, timeout_s: float = 5.0) -> Any:
+    def hear(self, kind: type, timeout_s: float = 30.0) -> Any:
         """The next message of this kind; others but pulses are put by for later."""
         for message in self.put_by:
             if isinstance(message, kind):
@@ -170,9 +170,9 @@ def result(ticket: wire.Ticket, rewards: tuple[float, ...] = (1, 0), **fields: A
 
 
 def take(counter: Counter) -> Selection:
-    until = time.monotonic() + 5
+    until = time.monotonic() + 30
     selection = counter.desk.take(lambda: time.monotonic() > until)
-    assert selection is not None, "no batch within 5 s"
+    assert selection is not None, "no batch within 30 s"
     return selection
 
 

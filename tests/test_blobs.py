@@ -221,7 +221,7 @@ def test_frames_that_are_no_asks_are_counted_and_the_others_answered(
         dealer.send(frame)
     dealer.send_multipart([b"two", b"frames"])
     dealer.send(ENCODER.encode(Ask(key="big", at=1, size=2)))
-    assert dealer.poll(5_000)
+    assert dealer.poll(30_000)
     head, body = dealer.recv_multipart()
     assert msgspec.msgpack.decode(head, type=Part) == Part(key="big", at=1, total=SIZE)
     assert body == content()[1:3].tobytes()
