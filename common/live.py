@@ -18,7 +18,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from common import metrics, status
+from common import live_actors, metrics, status
 from common.status import Status, actor_idle
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -83,8 +83,11 @@ def render(
     notes: Sequence[str] = (),
     width: int = 80,
     title: str = "",
+    height: int = 0,
 ) -> RenderableType:
-    """The whole view for a terminal `width` columns wide."""
+    """The whole view for a terminal `width` columns wide. Of many actors as many are shown as fit
+    into `height` lines; 0: all.
+    """
     if now is None:
         starting = Text(f"{title or 'run'}: the processes start …", style="dim")
         return Group(starting, *_notes(None, notes))
@@ -95,9 +98,10 @@ def render(
         _shares(now, width),
         _groups(now),
     ]
-    if now.actors:
-        parts += [_actors(now, width), *_remarks(now)]
-    return Group(*parts, *_notes(now, notes))
+    few = height // 8 if height else None
+    said = [*live_actors.remarks(now.actors, few), *_notes(now, notes)]
+    room = height - len(Console(width=width).render_lines(Group(*parts, *said)))
+    return Group(*parts, *live_actors.rows(now.actors, width, room if height else None), *said)
 
 
 def _head(now: Status, title: str) -> RenderableType:
@@ -205,44 +209,6 @@ def _groups(now: Status) -> RenderableType:
     return table
 
 
-def _actors(now: Status, width: int) -> RenderableType:
-    table = Table(
-        box=None, pad_edge=False, padding=(0, 2 if width >= 100 else 1), header_style="dim"
-    )
-    table.add_column("actor")
-    for name in ("version", "tokens/s", "busy", "running", "waiting", "tickets", "KV", "pauses"):
-        table.add_column(name, justify="right")
-    for name, actor in sorted(now.actors.items()):
-        last = f"{actor.pause_s:.2f} s" if actor.up else "no engine"
-        if silent := actor.silent_s > 3:
-            last = f"silent {actor.silent_s:.0f} s"
-        table.add_row(
-            name,
-            str(actor.version),
-            f"{actor.tokens_per_s:,.0f}",
-            percent(actor.busy),
-            str(actor.running),
-            str(actor.waiting),
-            f"{actor.held}/{actor.capacity}",
-            percent(actor.kv_use),
-            last,
-            style="red" if silent or not actor.up else "",
-        )
-    return table
-
-
-def _remarks(now: Status) -> list[RenderableType]:
-    """What there is to say about single actors, and whose window is not fully open."""
-    said: list[RenderableType] = []
-    for name, actor in sorted(now.actors.items()):
-        style = "yellow" if actor.up else "bold yellow"
-        said += [Text(f"! {name}: {remark}", style) for remark in actor.remarks()]
-        if actor.window < actor.ceiling:
-            window = f"takes {actor.window} of {actor.ceiling} tickets, {actor.window_why}"
-            said.append(Text(f"· {name} {window}", "dim"))
-    return said
-
-
 def _notes(now: Status | None, notes: Sequence[str]) -> list[RenderableType]:
     warnings = now.warnings if now is not None and not now.over else []
     return [
@@ -272,6 +238,7 @@ class LiveView:
             self.notes,
             self._console.width,
             self.folder.name,
+            self._console.height,
         )
         self._live.update(picture, refresh=True)
 

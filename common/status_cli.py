@@ -51,12 +51,12 @@ def status(
 
     console, look = Console(), _looks(run_folder, redis_url)
     if not watch:
-        console.print(look(console.width)[0])
+        console.print(look(console.width, 0)[0])
         return
     with Live(console=console, auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
         done = False
         while not done:
-            picture, done = look(console.width)
+            picture, done = look(console.width, console.height)
             live.update(picture, refresh=True)
             time.sleep(0 if done else WATCH_S)
 
@@ -97,18 +97,18 @@ def _alive(name: str, run_folder: Path | None, redis_url: str | None) -> str:
 
 def _looks(
     run_folder: Path | None, redis_url: str | None
-) -> Callable[[int], tuple[RenderableType, bool]]:
-    """From a width to what to show, and whether it is the last; again and again."""
+) -> Callable[[int, int], tuple[RenderableType, bool]]:
+    """From a width and a height (0: any) to what to show, and whether it is the last; again and again."""
     from common import metrics
     from common.live import NUMBERS, render
 
     reader = metrics.Reader(run_folder, NUMBERS) if run_folder is not None else None
     title = run_folder.resolve().name if run_folder is not None else ""
 
-    def look(width: int) -> tuple[RenderableType, bool]:
+    def look(width: int, height: int) -> tuple[RenderableType, bool]:
         now = _look(run_folder, redis_url)
         lines = reader.lines() if reader is not None else []
-        return render(now, lines, (), width, title), now is not None and now.over
+        return render(now, lines, (), width, title, height), now is not None and now.over
 
     return look
 

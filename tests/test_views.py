@@ -111,6 +111,30 @@ def test_the_picture_before_the_first_word_of_the_learner_says_that_it_starts(
     assert "start" in shown(None, tmp_path, 80)
 
 
+@pytest.mark.parametrize("height", [24, 30, 60])
+def test_many_actors_take_the_lines_that_are_left_and_those_in_trouble_come_first(
+    tmp_path: Path, height: int
+) -> None:
+    now = a_status()
+    now.actors = {f"actor-{n:02d}": ActorStatus(window=1, ceiling=9) for n in range(30)}
+    now.actors["actor-29"].silent_s = 40.0
+    now.warnings = ["the disk is full: " + "no checkpoint is written until there is room " * 3]
+    console = Console(width=80, height=height, force_terminal=False)
+    with console.capture() as captured:
+        console.print(live.render(now, metrics.read(a_run(tmp_path)), ["a note"], 80, "t", height))
+    text = captured.get()
+    assert len(text.splitlines()) <= height
+    for word in ("actor-29", "silent 40 s", "more remarks", "! the disk is full", "· a note"):
+        assert word in text, word
+    hidden = 30 - len(table_of(text))
+    assert (f"… and {hidden} more actors" in text) == (hidden > 0) == (height < 60)
+
+
+def table_of(text: str) -> list[str]:
+    """The lines of the actors' table."""
+    return [line for line in text.splitlines() if line.startswith("actor-")]
+
+
 def test_without_actors_nobody_is_said_to_be_busy(tmp_path: Path) -> None:
     now = a_status()
     now.actors = {}
