@@ -98,7 +98,7 @@ def _alive(name: str, run_folder: Path | None, redis_url: str | None) -> str:
 def _looks(
     run_folder: Path | None, redis_url: str | None
 ) -> Callable[[int, int], tuple[RenderableType, bool]]:
-    """From a width and a height (0: any) to what to show, and whether it is the last; again and again."""
+    """From width and height (0: any) to what to show, and whether it is the last; ever again."""
     from common import metrics
     from common.live import NUMBERS, render
 
