@@ -82,7 +82,7 @@ def visible(text: str) -> str:
 def _scale(colour: str) -> RenderableType:
     from rich.text import Text
 
-    line = Text(f"{colour} (nats): 0 ", style="dim")
+    line = Text(f"{colour} (nats): ", style="dim")
     for number, style in enumerate(_LEVELS):
         line.append(f" {number * STRONGEST / (len(_LEVELS) - 1):.1f} ", style=style)
     return line.append(" and more", style="dim")
