@@ -64,7 +64,8 @@ class Line:
                         )
         except TimeoutError:
             raise DeadlineError(
-                f"no answer from a learner at {self.endpoint} within {self.welcome_s:g} s"
+                f"no answer from a learner at {self.endpoint} within {self.welcome_s:g} s "
+                "(not up, or its keys and run.keys do not fit)"
             ) from None
         self.heartbeat_s, self.lease_s = message.heartbeat_s, message.lease_s
         self._up = True

@@ -22,4 +22,5 @@ def interventions(run_folder: Path) -> None:
 
     folder = existing_run(run_folder)
     path, lines = write(RunFolder.open(folder), model_folder(folder))
-    click.echo(f"{path}: {lines} conversations")
+    why = "" if lines else ": no hint was given, or none led to an answer that is right and clean"
+    click.echo(f"{path}: {lines} conversations{why}")
