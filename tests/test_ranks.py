@@ -374,11 +374,15 @@ def test_a_lost_rank_ends_all_and_the_run_goes_on_exactly(
 
 HANGS = """
 import os, sys, time
+from pathlib import Path
 from common.errors import RankError
 from learner.config import LearnerConfig, RanksConfig
 from learner.ranks import obey, session
+Path(sys.argv[1], os.environ["RANK"]).touch()
+while len(os.listdir(sys.argv[1])) < 3:  # imports take unequally long on a busy machine
+    time.sleep(0.01)
 try:
-    with session(LearnerConfig(device="cpu", ranks=RanksConfig(timeout_s=3))) as comm:
+    with session(LearnerConfig(device="cpu", ranks=RanksConfig(timeout_s=5))) as comm:
         os.write(1, f"{comm.rank} {os.getpid()}\\n".encode())
         if comm.rank:
             obey(comm, lambda: None)
@@ -391,10 +395,10 @@ except RankError as error:
 """
 
 
-def test_a_rank_that_hangs_ends_all_within_the_deadline_and_is_named() -> None:
+def test_a_rank_that_hangs_ends_all_within_the_deadline_and_is_named(tmp_path: Path) -> None:
     start = (
         "import sys\nfrom learner import launch\nlaunch.PATIENCE_S = 5.0\n"
-        f"sys.exit(launch.launch(3, [sys.executable, '-c', {HANGS!r}]))"
+        f"sys.exit(launch.launch(3, [sys.executable, '-c', {HANGS!r}, {str(tmp_path)!r}]))"
     )
     process = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -412,8 +416,8 @@ def test_a_rank_that_hangs_ends_all_within_the_deadline_and_is_named() -> None:
 LISTENING = """
 import os
 from learner.config import LearnerConfig
-from learner.ranks import _join
-_join(LearnerConfig(device="cpu"))
+from learner.ranks import _join, _meet
+_join(LearnerConfig(device="cpu"), _meet(LearnerConfig(device="cpu")))
 mine = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if int(fd) > 2
         and os.path.islink(f"/proc/self/fd/{fd}")}
 for line in open("/proc/net/tcp").readlines()[1:]:  # torch's store is in the other table, tcp6

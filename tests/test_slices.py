@@ -25,7 +25,7 @@ from learner.comm import Comm, Order
 from learner.publish import Publisher
 from learner.shard import local
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(400)
 
 LAYERS, WIDTH = 24, 1024  # 2 MB each in bf16
 ONE = 2 * WIDTH * WIDTH
