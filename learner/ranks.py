@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -61,7 +62,8 @@ def session(config: LearnerConfig) -> Iterator[Comm]:
         die_with_parent()  # torchrun gives each rank a session of its own
     store: Store | None = None
     try:
-        store = _join(config)
+        store = _meet(config)
+        _join(config, store)
         comm = Comm.current()
         yield comm
         comm.say(Order.STOP)
@@ -69,7 +71,7 @@ def session(config: LearnerConfig) -> Iterator[Comm]:
         said = str(error).splitlines()[0]
         if not any(mark in said.lower() for mark in _LOST):
             raise
-        why = said.partition("] ")[2] if said.startswith("[") else said  # "[file:line] words"
+        why = re.sub(r"\[[^]]*(\.\w+:\d+|none)\] ?", "", said).strip()  # of "[file:line] words"
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         raise RankError(
             f"{_lost(store, rank, world_size)} of the learner is lost, so rank {rank} ends "
@@ -104,29 +106,37 @@ def _silent(store: Store, rank: int, world_size: int) -> list[int]:
     return sorted(silent)
 
 
-def _join(config: LearnerConfig) -> Store:
-    backend = "gloo"
-    if model.device(config).type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        backend = "cpu:gloo,cuda:nccl"
-    timeout = timedelta(seconds=(config.ranks or RanksConfig()).timeout_s)
+def _meet(config: LearnerConfig) -> Store:
+    """Where the ranks of this life leave each other words."""
+    timeout = _timeout(config)
     path = os.environ.get(STORE_VARIABLE)  # of launch.py; else torchrun's environment
     where = "env://" if path is None else Path(path).as_uri()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store, _, _ = next(rendezvous(where, rank, world_size, timeout=timeout))
     store.set_timeout(timeout)
+    # torchrun's store outlives the ranks: those started again must not find the old addresses
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"life-{life}", store)
+
+
+def _join(config: LearnerConfig, store: Store) -> None:
+    backend = "gloo"
+    if model.device(config).type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl"
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
         # all on this machine: they would listen where the machine's name points to
         for library in ("GLOO", "NCCL"):
             loopback = "lo0" if sys.platform == "darwin" else "lo"
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback)
-    # torchrun's store outlives the ranks: those started again must not find the old addresses
-    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"life-{life}", store)
     distributed.init_process_group(
-        backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        backend, store=store, rank=rank, world_size=world_size, timeout=_timeout(config)
     )
-    return store
+
+
+def _timeout(config: LearnerConfig) -> timedelta:
+    return timedelta(seconds=(config.ranks or RanksConfig()).timeout_s)
 
 
 def follow(run: RunConfig, config: LearnerConfig, comm: Comm) -> None:

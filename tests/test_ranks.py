@@ -382,7 +382,7 @@ Path(sys.argv[1], os.environ["RANK"]).touch()
 while len(os.listdir(sys.argv[1])) < 3:  # imports take unequally long on a busy machine
     time.sleep(0.01)
 try:
-    with session(LearnerConfig(device="cpu", ranks=RanksConfig(timeout_s=5))) as comm:
+    with session(LearnerConfig(device="cpu", ranks=RanksConfig(timeout_s=6))) as comm:
         os.write(1, f"{comm.rank} {os.getpid()}\\n".encode())
         if comm.rank:
             obey(comm, lambda: None)
