@@ -179,12 +179,12 @@ def test_who_ends_by_itself_is_a_violation_and_who_was_killed_is_not(tmp_path: P
 
 
 PARENT = """
-import subprocess, sys, time
+import subprocess, sys, threading, time
 sleeper = "import time; time.sleep(60)"
-graders = [subprocess.Popen([sys.executable, "-c", sleeper, "actor.grade.worker"])]
-engine = subprocess.Popen([sys.executable, "-c", sleeper])
-print("up", flush=True)
-engine.wait(); time.sleep(60)
+grader = subprocess.Popen([sys.executable, "-c", sleeper, "actor.grade.worker"])
+start = lambda: subprocess.run([sys.executable, "-c", sleeper])  # vLLM's, from a thread of its own
+threading.Thread(target=start).start()
+time.sleep(60)
 """
 
 

@@ -85,10 +85,12 @@ class Member:
 
 
 def _children(pid: int) -> list[int]:
-    try:
-        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
+    """Those that any of its threads started: an engine's are not the first one's."""
+    found = list[int]()
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += [int(p) for p in thread.read_text().split()]
+    return found
 
 
 def _kind(pid: int) -> str:
