@@ -44,5 +44,5 @@ def processes(config: pytest.Config) -> int:
     """
     named = any(".py" in asked for asked in config.args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    few = named or config.option.keyword or config.option.lf or (cores or 1) < 2
+    few = named or config.option.keyword or config.getoption("lf", False) or (cores or 1) < 2
     return 0 if few else min(cores or 1, AT_MOST)
