@@ -14,6 +14,7 @@ from typing import IO
 
 import pytest
 
+from common import status
 from tests.conftest import Start
 
 pytestmark = pytest.mark.timeout(400)  # starts of torch, on a machine that may be busy
@@ -34,7 +35,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_run_ends_with_one_json_line_and_pictures(tmp_path: Path) -> None:
-    done = run("scripted", "--out", str(tmp_path / "run"), "--json", *SMALL)
+    held = ("-s", 'learner.methods=[{type="adaptive_entropy", target=0.3}]')
+    done = run("scripted", "--out", str(tmp_path / "run"), "--json", *SMALL, *held)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     summary = json.loads(done.stdout)
@@ -44,6 +46,9 @@ def test_a_run_ends_with_one_json_line_and_pictures(tmp_path: Path) -> None:
     assert summary["lag_max"] <= summary["max_lag"]
     assert all(Path(plot).stat().st_size > 10_000 for plot in summary["plots"])
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    last = status.read(tmp_path / "run")
+    assert last is not None
+    assert (last.phase, last.entropy_target) == ("done", 0.3)
     for line in ("held-out before", "step 4/4", "held-out after", "conserved"):
         assert line in done.stderr
 
@@ -61,6 +66,9 @@ def test_ctrl_c_takes_a_checkpoint_and_resume_finishes(tmp_path: Path, processes
     rest = process.communicate(timeout=200)[0]
     assert process.returncode == 128 + signal.SIGINT
     assert f"isentrope run --resume {folder}" in rest
+    last = status.read(folder)
+    assert last is not None
+    assert last.phase == "stopped"
     stopped_at = json.loads((folder / "summary.json").read_text())["steps"]
     more = ("-s", f"learner.steps={stopped_at + 2}")
     done = run("--resume", str(folder), "--no-plots", "--json", *more)
