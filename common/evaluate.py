@@ -7,6 +7,7 @@ through ordinary actors, nothing trained.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -67,7 +68,10 @@ def evaluate(
     }
     chosen = (*(f"{key}={value}" for key, value in settings.items()), *overrides)
     out = run_folder / "evals" / time.strftime("%Y%m%d-%H%M%S")
-    summary, _ = carry_out(prepare(str(recipe), out, None, chosen), plain=True, to_stderr=True)
+    plan = prepare(str(recipe), out, None, chosen)
+    summary, signal_number = carry_out(plan, plain=True, to_stderr=True)
+    if signal_number:
+        sys.exit(128 + signal_number)
     found = summary["evaluations"]["after"]
     if as_json:
         click.echo(json.dumps(found))
