@@ -77,8 +77,8 @@ def _step(it: Learner, batch: Selection) -> str:
     it.fail("after_step_record")
     t = it.state.t
     if t % it.config.checkpoint_every == 0 or t == it.config.steps:
-        _checkpoint(it)
-    it.publisher.offer(t, t, tensors, record.digest)
+        it.report.timed("checkpoint_s", lambda: _checkpoint(it))
+    it.report.timed("publish_s", lambda: it.publisher.offer(t, t, tensors, record.digest))
     it.report.trouble = it.publisher.trouble
     it.desk.announce(t)  # before `ensure` publishes what Redis was away for
     it.report.step(batch, report, it.desk)

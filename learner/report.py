@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -47,11 +48,19 @@ class Report:
         self._file = StatusFile(folder.path)
         self._course = Course(folder, config, ledger)
         self._doubt = Doubt()
+        self._spent: dict[str, float] = {}  # seconds of the step under way, by the metric's name
 
     def waiting(self, wait: Callable[[], T]) -> T:
         """Run `wait`, and count its time as the learner's idle time."""
         self.phase = "waiting"
         return self._course.waiting(wait)
+
+    def timed(self, name: str, do: Callable[[], T]) -> T:
+        """Run `do`; the line of the step under way says as `name` how long it took (s)."""
+        began = time.monotonic()
+        found = do()
+        self._spent[name] = time.monotonic() - began
+        return found
 
     def step(self, batch: Selection, report: StepReport, desk: Desk) -> None:
         """The line of the step that just ended."""
@@ -66,6 +75,7 @@ class Report:
             "seconds": course.seconds,
             "step_s": step_s,
             "wait_s": wait_s,
+            **self._spent,
             "learner_idle": wait_s / step_s if step_s else 0.0,
             "tokens_per_s": line["tokens"] / step_s if step_s else 0.0,
             "actor_idle": 1.0 - course.busy[-1] if course.busy else None,
@@ -73,6 +83,7 @@ class Report:
         for label, point in desk.ledger.evaluations.items():
             if label not in course.points and point.is_complete(self._config.eval.problems):
                 line |= self._note_point(label, point, step_of(label, self._config.steps))
+        self._spent.clear()
         self._metrics.write(t, line)
         course.add(t, line)
         self.live(desk, t)

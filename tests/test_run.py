@@ -14,7 +14,7 @@ from typing import IO
 
 import pytest
 
-from common import status
+from common import metrics, status
 from tests.conftest import Start
 
 pytestmark = pytest.mark.timeout(400)  # starts of torch, on a machine that may be busy
@@ -51,6 +51,9 @@ def test_a_run_ends_with_one_json_line_and_pictures(tmp_path: Path) -> None:
     assert (last.phase, last.entropy_target) == ("done", 0.3)
     for line in ("held-out before", "step 4/4", "held-out after", "conserved"):
         assert line in done.stderr
+    lines = [line for line in metrics.read(tmp_path / "run") if "step_s" in line]
+    assert all(0 < line["publish_s"] < line["step_s"] for line in lines)
+    assert ["checkpoint_s" in line for line in lines] == [False, False, False, True]
 
 
 def test_ctrl_c_takes_a_checkpoint_and_resume_finishes(tmp_path: Path, processes: Start) -> None:
