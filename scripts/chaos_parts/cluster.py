@@ -34,6 +34,7 @@ class Member:
     due: float | None = None  # when to start it (monotonic)
     expected: str = ""  # why it may end just now
     stopped: bool = False
+    engine_killed: int = 0  # the life in which its engine was
     _log_start: int = 0
 
     @property

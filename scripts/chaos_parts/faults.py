@@ -163,6 +163,8 @@ class Faults:
         if act == "stop":
             self._lasts(fault, lambda: _wake(part))
             return effects.asleep([part.pid])
+        if whom == "engine":
+            cluster[fault.target].engine_killed = cluster[fault.target].lives
         part.close()
         return effects.gone(part.pid)
 

@@ -215,5 +215,8 @@ class Stage:
         return [part for word in words for part in ("-s", word)]
 
     def _tolerated(self, member: Member, words: str) -> bool:
-        """A learner that is started on a full disk has nowhere to say that it lives."""
+        """A learner that is started on a full disk has nowhere to say that it lives; an actor whose
+        first engine is killed while it starts ends, and says so."""
+        if "did not start" in words and member.engine_killed == member.lives:
+            return True
         return member.name == "learner" and self.disk_was_full and "space" in words.lower()
