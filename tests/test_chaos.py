@@ -203,7 +203,7 @@ def test_a_fault_counts_when_its_effect_was_seen_and_every_kind_is_counted(tmp_p
     try:
         for kind in kinds:
             _tick(cluster, lambda: len(cluster["actor"].parts("rank")) == 2)
-            faults.strike(Fault(0.0, kind, "actor", 0.05 * kind.startswith("stop"), 1))
+            faults.strike(Fault(0.0, kind, "actor", 0.8 * kind.startswith("stop"), 1))
             _tick(cluster, lambda k=kind: _healed(faults, k))
             if kind == "kill grader":
                 faults.strike(Fault(0.0, "kill grader", "actor", 0.0, 1))
