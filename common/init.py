@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,7 @@ REAL = {
     "max_tokens": 512,
     "lr": "1e-6",
     "lr_note": "full fine-tuning of a real model",
-    "dtype": "bf16",
-    "dtype_note": "fp32 on a CPU",
+    "dtype_note": "bf16 on a GPU, fp32 on a CPU",
 }
 
 DATA = """\
@@ -119,7 +119,7 @@ def init(folder: Path, model: str, data: Path | None) -> None:
         raise ConfigError(f"{path} exists already; choose another folder, or edit it")
     found = models.find(model)
     shipped = found.is_relative_to(models.SHIPPED)
-    named, scale = (model, TINY) if shipped else (str(found), REAL)
+    named, scale = (model, TINY) if shipped else (str(found), _real())
     prompts = ARITHMETIC if data is None else _data(data)
     folder.mkdir(parents=True, exist_ok=True)
     text = RECIPE.format(path=path, model=json.dumps(named), prompts=prompts, **scale)
@@ -128,6 +128,12 @@ def init(folder: Path, model: str, data: Path | None) -> None:
     if shipped and data is not None:
         click.echo(f"note: the model {named!r} knows {TINY_KNOWS}; --model gives another")
     click.echo(f"{path}: read it, then: isentrope doctor {path} && isentrope run {path}")
+
+
+def _real() -> dict[str, Any]:
+    """What suits a real model; on a machine without a GPU bf16 is slow."""
+    dtype = "bf16" if shutil.which("nvidia-smi") else "fp32"
+    return {**REAL, "dtype": dtype}
 
 
 def _data(data: Path) -> str:

@@ -250,15 +250,18 @@ class LiveView:
 
 
 class PlainView:
-    """A line a step, and one for every change of phase and every note."""
+    """A line a step, and one for every change of phase and every note; not for what was there when
+    the view began: a run that is resumed has said it.
+    """
 
     def __init__(self, folder: Path, console: Console) -> None:
         self.folder = folder
         self._console = console
         self._metrics = metrics.Reader(folder, NUMBERS)
-        self._shown: set[int] = set()
+        before = status.read(folder)
+        self._shown: set[int] = {line["step"] for line in self._metrics.lines()}
         self._phase = ""
-        self._evaluated: set[str] = set()
+        self._evaluated = {p.label for p in before.heldout if p.done >= p.of} if before else set()
         self._remarked: set[str] = set()
 
     def refresh(self) -> None:

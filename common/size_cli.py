@@ -111,7 +111,7 @@ def show(
     if enough.learner_idle > ENOUGH:
         raise DataError(
             f"no number of actors keeps this learner busy: with {enough.actors} it is idle "
-            f"{100 * enough.learner_idle:.0f} % of the time; take a larger max_lag or "
+            f"{100 * enough.learner_idle:.1f} % of the time; take a larger max_lag or "
             "groups_per_step, or shorter answers"
         )
     console.print(f"needed     {enough.actors} actors leave the learner at most 5 % without work")

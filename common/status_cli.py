@@ -81,6 +81,8 @@ def _alive(name: str, run_folder: Path | None, redis_url: str | None) -> str:
         silent_s = time.time() - last.at if last is not None else ALIVE_S
         if silent_s >= ALIVE_S:
             raise DeadlineError(f"{run_folder}: no word of the learner for {ALIVE_S:.0f} s or more")
+        if last is not None and last.over:
+            raise DeadlineError(f"{run_folder}: the learner has ended, the run is {last.phase}")
         return f"{name} lives"
     from common.softstate import SoftState
 

@@ -50,7 +50,7 @@ def prompts(
     drafts = stream.heldout(count)[:count] if heldout else _first(stream, run, config, count)
     shown = [_facts(draft, words) for draft in drafts]
     for number, facts in enumerate(shown, 1):
-        _show(number, facts)
+        _show(number, facts, apart=as_json)
     if as_json:
         click.echo(json.dumps({"prompts": shown}, ensure_ascii=False))
 
@@ -132,12 +132,13 @@ def _facts(draft: Draft, words: PreTrainedTokenizerFast) -> dict[str, Any]:
     }
 
 
-def _show(number: int, facts: dict[str, Any]) -> None:
+def _show(number: int, facts: dict[str, Any], apart: bool) -> None:
+    """`apart`: on standard error, the other belongs to the JSON line."""
     head = f"{number}  {facts['problem']}"
     rest = (
         f"  source {facts['source']}  template {facts['template']}  {facts['tokens']} tokens  "
         f"gold {facts['gold']}  reward {' + '.join(facts['grading'])}"
     )
-    click.echo(click.style(head, bold=True) + click.style(rest, dim=True))
-    click.echo(facts["text"])
-    click.echo("")
+    click.echo(click.style(head, bold=True) + click.style(rest, dim=True), err=apart)
+    click.echo(facts["text"], err=apart)
+    click.echo("", err=apart)

@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from common import models
 from common.errors import ConfigError
+from learner.prompts.look import lost
 from learner.prompts_cli import prompts
 
 
 def shown(*arguments: str) -> tuple[str, list[dict[str, Any]]]:
     done = CliRunner().invoke(prompts, ["tiny", *arguments, "--json"], catch_exceptions=False)
     assert done.exit_code == 0
-    *lines, last = done.output.splitlines()
-    return "\n".join(lines), json.loads(last)["prompts"]
+    return done.stderr, json.loads(done.stdout)["prompts"]  # one line
 
 
 def test_prompts_are_shown_word_for_word_with_their_tokens_and_golds() -> None:
@@ -63,3 +64,10 @@ def test_its_help_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "word for word" in done.stdout
     assert done.stdout.endswith("[]\n")
+
+
+def test_signs_that_a_tokenizer_does_not_know_are_named_once_each() -> None:
+    tiny = models.find("tiny")
+    assert lost(tiny, ["1+2?", "3 + 4 =?", "Ann has 1 apple, é, 2"]) == "aehnlps"
+    assert lost(tiny, ["1+2?"]) == ""
+    assert lost(tiny / "nothing", ["what is 1+2?"]) == ""

@@ -197,16 +197,26 @@ def test_a_plain_view_says_once_what_ails_an_actor(tmp_path: Path) -> None:
 
 
 def test_plain_lines_are_one_a_step_and_never_twice(tmp_path: Path) -> None:
-    a_run(tmp_path)
     console = Console(force_terminal=False, width=80)
     with console.capture() as captured:
         view = live.open_view(tmp_path, console, plain=False)
+        a_run(tmp_path)
         view.refresh()
         view.refresh()
         view.close()
     lines = captured.get().splitlines()
     assert len([line for line in lines if line.startswith("step ")]) == STEPS
     assert len([line for line in lines if "held-out before: 0.452" in line]) == 1
+
+
+def test_a_resumed_run_does_not_say_again_what_it_said(tmp_path: Path) -> None:
+    a_run(tmp_path)
+    console = Console(force_terminal=False, width=80)
+    with console.capture() as captured:
+        view = live.open_view(tmp_path, console, plain=False)
+        view.refresh()
+        view.close()
+    assert not [line for line in captured.get().splitlines() if line.startswith(("step ", "held"))]
 
 
 def test_a_sparkline_shows_the_course_in_the_room_there_is() -> None:
