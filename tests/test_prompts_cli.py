@@ -68,6 +68,6 @@ def test_its_help_needs_no_torch() -> None:
 
 def test_signs_that_a_tokenizer_does_not_know_are_named_once_each() -> None:
     tiny = models.find("tiny")
-    assert lost(tiny, ["1+2?", "3 + 4 =?", "Ann has 1 apple, é, 2"]) == "aehnlps"
+    assert lost(tiny, ["1+2?", "3 + 4 =?", "Ann has 1 apple, é, 2"]) == "aehlnps"
     assert lost(tiny, ["1+2?"]) == ""
     assert lost(tiny / "nothing", ["what is 1+2?"]) == ""
