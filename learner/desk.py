@@ -16,7 +16,6 @@ acknowledged and nothing issued until a commit succeeds; pulses go on.
 
 from __future__ import annotations
 
-import gc
 import heapq
 import threading
 import time
@@ -29,6 +28,7 @@ import zmq
 
 from common.codec import MAX_FRAME_BYTES, Codec
 from common.failpoints import Failpoint
+from common.imports import keep
 from common.journal import Journal, Position
 from common.records import Drop, Finish, Step
 from common.wire import FromActor, Grant
@@ -105,7 +105,7 @@ class Desk:
         self._stop = threading.Event()
         # Modules and model stay. Groups come by thousands: whenever they made the garbage collector
         # look at everything, it would look at all of that again, in whatever thread it struck.
-        gc.freeze()
+        keep()
         self._thread = threading.Thread(target=self._run, name="desk", daemon=True)
         self._thread.start()
 

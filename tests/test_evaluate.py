@@ -16,7 +16,9 @@ def test_an_evaluation_that_is_stopped_says_so_without_a_traceback(
 ) -> None:
     (tmp_path / "recipe.toml").write_text(recipe.freeze("scripted"))
     (tmp_path / "model").symlink_to(models.SHIPPED / "tiny")
-    command = (sys.executable, "-c", "from common.cli import main; main()", "eval", str(tmp_path))
+    slow = ("-s", "actor.scripted.tokens_per_s=0.5")  # it is stopped before the first answer
+    main = "from common.cli import main; main()"
+    command = (sys.executable, "-c", main, "eval", str(tmp_path), *slow)
     process = processes(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None
     while process.stdout.readline() != "evaluating\n":
