@@ -192,6 +192,13 @@ def test_ctrl_c_stops_in_good_order_and_the_same_command_goes_on(
     assert json.loads((folder / "summary.json").read_text())["steps"] == 25
     assert (folder / "incarnation").read_text() == "2"
 
+    process = processes(*EXPERIMENT, *chosen, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    assert "done before" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)  # within the table and the pictures
+    said = process.communicate(timeout=150)[0]
+    assert (process.returncode, "Traceback" in said) == (130, False), said
+
 
 def await_file(path: Path, writer: subprocess.Popen[str]) -> None:
     while not path.exists():  # the test's own deadline ends a wait in vain
