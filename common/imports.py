@@ -6,19 +6,24 @@ from __future__ import annotations
 
 import atexit
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """What is imported here is never looked at by the garbage collector, which rests meanwhile."""
-    was_on = gc.isenabled()
+    """What is imported here is never looked at by the garbage collector, which rests meanwhile.
+    Where it was imported before, nothing is kept: an engine that broke may lie about, with its
+    weights, and is to go.
+    """
+    was_on, known = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
-        keep()
+        if len(sys.modules) > known:
+            keep()
         if was_on:
             gc.enable()
 
