@@ -260,7 +260,7 @@ class PlainView:
         self._metrics = metrics.Reader(folder, NUMBERS)
         before = status.read(folder)
         self._shown: set[int] = {line["step"] for line in self._metrics.lines()}
-        self._phase = ""
+        self._phase = before.phase if before else ""
         self._evaluated = {p.label for p in before.heldout if p.done >= p.of} if before else set()
         self._remarked: set[str] = set()
 

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -217,6 +218,20 @@ def test_a_resumed_run_does_not_say_again_what_it_said(tmp_path: Path) -> None:
         view.refresh()
         view.close()
     assert not [line for line in captured.get().splitlines() if line.startswith(("step ", "held"))]
+
+
+def test_a_run_that_was_stopped_and_is_resumed_is_not_said_to_stop(tmp_path: Path) -> None:
+    before = msgspec.structs.replace(a_status(2), phase="stopped")
+    StatusFile(tmp_path).write(before, force=True)
+    console = Console(force_terminal=False, width=80)
+    with console.capture() as captured:
+        view = live.PlainView(tmp_path, console)
+        view.refresh()
+        for phase in ("waiting", "stopped"):
+            now = msgspec.structs.replace(before, phase=phase)
+            StatusFile(tmp_path).write(now, force=True)
+            view.refresh()
+    assert captured.get().split() == ["stopped"], "the second time alone"
 
 
 def test_a_sparkline_shows_the_course_in_the_room_there_is() -> None:
