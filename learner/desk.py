@@ -258,7 +258,7 @@ class Desk:
         """Nothing else is to be asked: those with room are asked what others are slow to answer."""
         room = {peer: -lacking for lacking, peer in free}
         for id_ in slow:
-            others = (peer for peer in room if not self._leases.is_held(id_, peer))
+            others = (peer for peer in room if not self._leases.works_on(id_, peer))
             if (peer := next(others, None)) is None:
                 continue
             self._books.counts["shared"] += 1

@@ -79,6 +79,10 @@ class Leases:
         self._shared.setdefault(self.held[id_].peer, set()).add(id_)
         return self.lease(id_, peer, now)
 
+    def works_on(self, id_: int, peer: Peer) -> bool:
+        """Whether `peer` has the ticket, be it its own or another's by now."""
+        return self.is_held(id_, peer) or id_ in self._shared.get(peer, ())
+
     def forget(self, peer: Peer) -> None:
         """The connection is gone, with all that it worked on."""
         self._shared.pop(peer, None)
@@ -145,6 +149,7 @@ class Leases:
 
     def _put(self, id_: int, lease: Lease) -> None:
         self._take(id_)
+        self._shared.get(lease.peer, set()).discard(id_)  # its own again: it has it once
         self.held[id_] = lease
         self._load[lease.peer] += 1
         self._quiet_until = min(self._quiet_until, lease.expires)

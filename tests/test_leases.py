@@ -119,3 +119,15 @@ def test_who_leaves_works_on_nothing_any_more() -> None:
     leases.share(1, B, now=50.0)
     leases.forget(A)
     assert leases.count() == {B: 1}
+
+
+def test_who_works_on_a_shared_ticket_is_known_and_has_it_once_when_it_comes_back() -> None:
+    leases = make_leases()
+    leases.lease(1, A, now=0.0)
+    leases.share(1, B, now=50.0)
+    assert leases.works_on(1, A), "nobody need ask it again"
+    assert leases.works_on(1, B)
+    assert not leases.works_on(1, b"c")
+    leases.give_back(1, "infra")
+    leases.lease(leases.waiting.popleft(), A, now=60.0)
+    assert leases.count() == {A: 1}
