@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from common import wire
 from common.episodes import Episode
+from common.proposals import is_made
 from common.records import AnyRecord, Issue
 from learner.config import LearnerConfig
 from learner.inbox import Usable
@@ -165,9 +166,9 @@ class Issuer:
         )
 
     def _stale(self) -> wire.Ticket | None:
-        """The first whose prompt is to be asked again; none of the pool's once synthesis is off."""
-        asking = None if self._synthesis is None else self._synthesis.asking
-        found = (old for old in self._ledger.again if asking is None or asking.stands(old))
+        """The first whose prompt is to be asked again; none of a pool whose labels were wrong."""
+        halted = self._ledger.halted is not None
+        found = (old for old in self._ledger.again if not (halted and is_made(old.problem)))
         return next(found, None)
 
     def _fresh(self, kind: wire.Kind) -> tuple[Draft, int | None]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from common.proposals import is_made
 from common.records import AnyRecord, Drop, Halt, Issue, Proposal, Step
 from learner.inbox import SUSPECT, Usable, select
+from learner.synthesis.pool import Pool
 from tests.builders import make_ticket
 from tests.synthesis_world import World, eval_sum
 from tests.test_ledger import Book, admit, issue
@@ -206,6 +208,39 @@ def test_a_run_that_was_halted_before_halts_said_from_when_on_trains_on_no_more_
     world.until(world.ledger.t + 4)
     ended = fates(world.records[at:])
     assert {ended[id_] for id_ in suspect} == {SUSPECT}
+
+
+def test_what_was_ended_for_wrong_labels_stays_off_with_a_pool_begun_anew(
+    at_work: World, tmp_path: Path
+) -> None:
+    """Synthesis off, a checkpoint, synthesis on: else it would propose what no step may use."""
+    world = at_work
+    world.write(Halt(reason="labels are wrong", t=world.ledger.t))
+    world.issuer.turn()
+    world.ledger.followers["synthesis"] = Pool(world.pool.config)
+    world.begin()
+    at = len(world.records)
+    world.until(world.ledger.t + 6)
+    later = [record.ticket for record in world.records[at:] if isinstance(record, Issue)]
+    assert {ticket.kind for ticket in later} == {"main"}
+    assert not [ticket for ticket in later if is_made(ticket.problem)]
+    assert world.audited(tmp_path / "run").violations == []
+
+
+def test_without_synthesis_no_stale_problem_with_a_wrong_label_is_asked_again() -> None:
+    world = World().until(8)
+    made = next(t for t in world.tickets("main") if t.source == "synthesis")
+    world.write(Halt(reason="labels are wrong", t=world.ledger.t))
+    world.issuer.turn()
+    world.ledger.again = [made]
+    world.config = msgspec.structs.replace(world.config, synthesis=None)
+    del world.ledger.followers["synthesis"]
+    world.begin()
+    at = len(world.records)
+    world.ask()
+    later = [record.ticket for record in world.records[at:] if isinstance(record, Issue)]
+    assert later
+    assert not [ticket for ticket in later if is_made(ticket.problem)]
 
 
 def test_inherited_labels_that_nobody_audits_are_said_to_be_so(

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.proposals import PREFIX
-from common.wire import GradePart, Grading, Kind, Ticket
+from common.wire import GradePart, Grading, Kind
 from learner.config import LearnerConfig
 from learner.ledger import Ledger
 from learner.prompts.stream import Draft
@@ -74,10 +73,6 @@ class Asking:
             if draft is not None:
                 return draft, made.ticket
         return None
-
-    def stands(self, ticket: Ticket) -> bool:
-        """Whether what it asked may be asked again: nothing of a pool whose labels are wrong."""
-        return not (self._pool.state.halted and ticket.problem.startswith(f"{PREFIX}/"))
 
     # ---- score tickets -----------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ log = logging.getLogger("isentrope.synthesis")
 
 LEAST_AUDITED = 8  # labels, before their error is an estimate
 OTHER_STAGE = "labelled by another stage"
+STAYS_OFF = "it was ended before for wrong labels, and for the whole run"
 ENDED = ("rejected", "expired")
 
 
@@ -73,6 +74,9 @@ class Synthesis:
             return
         if self._seen < 0:
             self._recheck()
+            if self._ledger.halted is not None and not self._pool.state.halted:
+                log.warning("synthesis stays off: %s", STAYS_OFF)  # a pool begun anew
+                self._halt(STAYS_OFF)
         self._reject_unknown()
         self._seen = self._pool.changes
         for opinion in heard[0]:
