@@ -299,6 +299,9 @@ class Ledger:
         for id_ in consumed:
             self._close(id_, TERMINAL[self.open[id_].ticket.kind])
         self._leave({*consumed, *(id_ for id_, _ in dropped)})
+        if "after" in self.evaluations and self.evaluations["after"].is_answered:
+            point = self.evaluations.pop("after")  # the run goes on: that was not its end
+            self.evaluations.setdefault(f"step-{t}", point)
         self.t = t + 1
 
     def _leave(self, gone: set[int]) -> None:

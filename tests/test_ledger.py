@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from common import wire
@@ -16,7 +17,9 @@ from common.codec import Codec
 from common.errors import JournalError
 from common.journal import Journal, Position, read
 from common.records import Admit, AnyRecord, Drop, Issue, Open, Ready, Step
+from common.runfolder import RunFolder
 from learner.config import LearnerConfig
+from learner.course import Course
 from learner.follow import Follower
 from learner.inbox import select
 from learner.ledger import Entry, Ledger
@@ -115,6 +118,24 @@ def test_evaluations_end_when_admitted_and_are_never_in_a_batch() -> None:
     assert (point.accuracy, point.oldest, point.newest) == (1.0, 3, 3)
     assert book.ledger.sums()["eval"].evaluated == 1
     assert not book.ledger.open
+
+
+def test_what_was_evaluated_at_the_end_of_a_run_that_goes_on_is_not_its_end(tmp_path: Path) -> None:
+    """Else a longer run would have nothing left to ask at its own end, and tell the old number."""
+    book = Book()
+    step = {"digest": "", "consumed": (), "dropped": ()}
+    book.tell(Step(t=0, version=1, **step), issue(0, kind="eval", label="after"))
+    book.tell(admit(0, (1, 1), kind="eval", version=1))
+    folder = RunFolder.create(tmp_path / "run")
+    ended = Course(folder, msgspec.structs.replace(CONFIG, steps=1), book.ledger)
+    assert ended.points["after"][0] == 1
+    longer = Course(folder, msgspec.structs.replace(CONFIG, steps=2), book.ledger)
+    assert {label: at for label, (at, _) in longer.points.items()} == {"step-1": 1}
+    book.tell(issue(1, kind="eval", label="after"), Step(t=1, version=2, **step))
+    assert "after" in book.ledger.evaluations, "an answer to it is still to come"
+    book.tell(admit(1, (1, 0), kind="eval", version=1), Step(t=2, version=3, **step))
+    assert list(book.ledger.evaluations) == ["step-2"]
+    assert book.restored().evaluations == book.ledger.evaluations
 
 
 def test_a_proposer_waits_for_its_scores_and_a_scored_problem_for_nothing() -> None:
