@@ -41,7 +41,8 @@ class Leases:
     _data: Counter[int] = field(default_factory=Counter)
     _took: deque[float] = field(default_factory=lambda: deque(maxlen=LATELY))  # seconds an answer
     _look_at: float = -math.inf
-    _shared: dict[Peer, set[int]] = field(default_factory=dict)  # held no more, and worked on
+    # held no more, and worked on, since when
+    _shared: dict[Peer, dict[int, float]] = field(default_factory=dict)
 
     def of(self, peer: Peer) -> list[int]:
         return [id_ for id_, lease in self.held.items() if lease.peer == peer]
@@ -76,7 +77,8 @@ class Leases:
         """Give `peer` the ticket as well, as another attempt. Whoever had it is not told, and has
         no room for another one until it has answered, dropped it or left.
         """
-        self._shared.setdefault(self.held[id_].peer, set()).add(id_)
+        before = self.held[id_]
+        self._shared.setdefault(before.peer, {})[id_] = before.since
         return self.lease(id_, peer, now)
 
     def works_on(self, id_: int, peer: Peer) -> bool:
@@ -98,7 +100,8 @@ class Leases:
 
     def renew(self, ids: Sequence[int], peer: Peer, now: float) -> None:
         """`peer` says what it holds."""
-        if (shared := self._shared.pop(peer, None)) and (left := shared.intersection(ids)):
+        shared = self._shared.pop(peer, {})
+        if left := {id_: shared[id_] for id_ in ids if id_ in shared}:
             self._shared[peer] = left
         for id_ in ids:
             lease = self.held.get(id_)
@@ -110,12 +113,18 @@ class Leases:
         for lease in self.held.values():
             lease.expires += seconds
             lease.since += seconds
+        for shared in self._shared.values():
+            shared.update({id_: since + seconds for id_, since in shared.items()})
 
     def answered(self, id_: int, peer: Peer, now: float) -> None:
-        """`peer` sent the group of the ticket, which is admitted."""
-        lease = self.held.get(id_)
+        """`peer` sent the group of the ticket, which is admitted. Also one that was shared says how
+        long answers take: else all that take so long would be shared for ever.
+        """
+        lease, since = self.held.get(id_), self._shared.get(peer, {}).get(id_)
         if lease is not None and lease.peer == peer:
-            self._took.append(now - lease.since)
+            since = lease.since
+        if since is not None:
+            self._took.append(now - since)
         self.end(id_)
 
     def end(self, id_: int) -> None:
@@ -149,7 +158,7 @@ class Leases:
 
     def _put(self, id_: int, lease: Lease) -> None:
         self._take(id_)
-        self._shared.get(lease.peer, set()).discard(id_)  # its own again: it has it once
+        self._shared.get(lease.peer, {}).pop(id_, None)  # its own again: it has it once
         self.held[id_] = lease
         self._load[lease.peer] += 1
         self._quiet_until = min(self._quiet_until, lease.expires)

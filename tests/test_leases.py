@@ -131,3 +131,16 @@ def test_who_works_on_a_shared_ticket_is_known_and_has_it_once_when_it_comes_bac
     leases.give_back(1, "infra")
     leases.lease(leases.waiting.popleft(), A, now=60.0)
     assert leases.count() == {A: 1}
+
+
+def test_answers_that_take_long_are_not_shared_for_ever() -> None:
+    """Short ones came before, so that the first long ones are slow; whoever had them answers."""
+    leases = make_leases()
+    leases.lease(0, A, now=0.0)
+    leases.answered(0, A, now=1.0)
+    leases.lease(1, A, now=10.0)
+    assert leases.slow(now=30.0) == [1]
+    leases.share(1, B, now=30.0)
+    leases.answered(1, A, now=50.0)
+    leases.lease(2, A, now=100.0)
+    assert leases.slow(now=130.0) == [], "the one before took 40 s"
