@@ -194,8 +194,9 @@ def of_recipe(recipe: str, overrides: tuple[str, ...]) -> Iterator[Finding]:
 
 def _problems(recipe: str, overrides: tuple[str, ...]) -> Iterator[Finding]:
     """Its sources, and what is left out of them: a file is read once, as a run reads it."""
-    ours = [override for override in overrides if override.startswith(("learner.", "run.seed"))]
-    asked = [word for override in ours for word in ("-s", override)]  # no addresses with passwords
+    theirs = ("learner.", "run.seed", "run.model")  # no addresses with passwords
+    ours = [override for override in overrides if override.startswith(theirs)]
+    asked = [word for override in ours for word in ("-s", override)]
     done, said, told = _ask("-m", "learner.prompts.look", recipe, *asked)
     for line in told[: -1 if done else None][:MOST_LINES]:
         yield Finding("warn", "data", line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
-from common import recipe
+from common import models, recipe
 from common.config import RunConfig
 from common.doctor import examine, of_recipe
 from common.init import init
@@ -130,6 +131,18 @@ def test_the_doctor_opens_the_data_and_loads_the_graders(tmp_path: Path) -> None
     broken = told("learner.prompts.grader=python:no_such:f", "learner.prompts.grader_options={}")
     assert any("row 1: not a JSON object" in line for line in broken["fail data"])
     assert any("No module named 'no_such'" in line for line in broken["fail grader"])
+
+
+def test_the_doctor_asks_the_tokenizer_of_the_model_that_is_meant(tmp_path: Path) -> None:
+    data = tmp_path / "words.jsonl"
+    data.write_text('{"prompt": "what is it?", "answer": 3}\n{"prompt": "and this?", "answer": 4}')
+    other = tmp_path / "model"  # its tokenizer is not to be had: it loses nothing
+    shutil.copytree(models.find("tiny"), other)
+    (other / "tokenizer.json").unlink()
+    words = ("learner.prompts.source=jsonl", f"learner.prompts.path={data}")
+    for overrides, count in (words, 1), ((*words, f"run.model={other}"), 0):
+        told = [f.said for f in of_recipe("tiny", overrides) if f.what == "data"]
+        assert sum("the model's tokenizer knows nothing of" in said for said in told) == count, told
 
 
 def test_the_doctor_says_that_a_port_is_taken() -> None:
