@@ -358,6 +358,19 @@ def test_the_gain_stays_positive_and_moves_only_when_predictions_vary() -> None:
     assert gain.slope == REACH / 2
 
 
+def test_noise_of_the_measured_entropy_is_no_drift() -> None:
+    method = holding(0.05, mode="hold")
+    state, drifts = method.initial(), []
+    rng = torch.Generator().manual_seed(0)
+    own = {"up": 1.0, "down": 1.0, "lambda": 0.0, "push": 0.0, "target": 0.05, "error": 0.0}
+    facts = {f"methods/isentropic/{name}": value for name, value in own.items()}
+    for noise in (0.3 * torch.randn(400, generator=rng)).tolist():
+        measured = {"entropy": 0.05 * math.exp(noise), "max_entropy": 3.0}
+        state = method.observe(state, facts | measured | {"methods/isentropic/saturated": 0.0})
+        drifts.append(state["gain"]["drift"])
+    assert abs(sum(drifts) / len(drifts)) < 0.01, "the mean of the ratios is 1.09"
+
+
 # ---- in a step ---------------------------------------------------------------------------------
 
 

@@ -259,9 +259,9 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         start = entropy if state["start"] is None else state["start"]
         self._check_reachable(start, facts["max_entropy"])
         gain = Gain.of(state["gain"])
-        if state["last"] is not None:
+        if state["last"] is not None and entropy > 0:
             predicted, before = state["last"]
-            gain.add(predicted, entropy / before - 1)
+            gain.add(predicted, math.log(entropy / before))
         flow = own.get("up", 0.0) + own.get("down", 0.0)
         last = None
         if flow > 0 and entropy > 0:
