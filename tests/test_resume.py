@@ -76,6 +76,7 @@ def test_a_longer_run_goes_on_where_the_shorter_ended(copy: Path) -> None:
     process = runs.begin(copy, resume=True, learner__steps="8")
     assert runs.end(process) == 0, runs.said(copy)[-2000:]
     assert runs.summary(copy)["steps"] == 8
+    assert runs.summary(copy)["evaluations"]["after"]["version_oldest"] == 8
     assert runs.promises_kept(copy)
     again = runs.replay(copy)
     assert (again["steps"], again["equal"]) == (8, 8)

@@ -2,11 +2,11 @@
 
 Adam makes a step's size independent of the gradient's, and shared weights rescale what is left, so
 a prediction says little by its size. It is therefore taken as a share of the flows it is made of,
--1 if all tokens lowered the entropy, and what happened as the change of the entropy's logarithm: the
-mean of a ratio of two noisy entropies is above 1 by the square of their noise, which a drift would
-take for entropy that comes by itself. The slope is what such a share moves in a step, from a ridge
-regression with intercept and forgetting, drawn to a guess and kept within a band around it, so that
-it is positive. The drift follows what the slope leaves unexplained, faster.
+-1 if all tokens lowered the entropy, and what happened as the change of the entropy's logarithm:
+the mean of a ratio of two noisy entropies is above 1 by the square of their noise, which a drift
+would take for entropy that comes by itself. The slope is what such a share moves in a step, from a
+ridge regression with intercept and forgetting, drawn to a guess and kept within a band around it,
+so that it is positive. The drift follows what the slope leaves unexplained, faster.
 
 What is realised is the change from batch to batch: where choices lead shows in no measure that is
 taken on the same tokens. It holds the difference of the batches too, hence the narrow band.
