@@ -94,6 +94,18 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
+    def has_holder(self) -> bool:
+        """Whether the process that took the lock last is there: a learner, or one that starts. Asks
+        without touching the lock, which a learner might want at this moment.
+        """
+        try:
+            os.kill(int((self.path / "lock").read_text()), 0)
+        except PermissionError:  # it is another user's
+            return True
+        except (OSError, ValueError):  # no such process; no lock, or one that says nothing
+            return False
+        return True
+
     def check_free(self, patience_s: float = 3.0) -> None:
         """Raises JournalError while a learner lives; one that was just killed may take a moment."""
         deadline = time.monotonic() + patience_s

@@ -73,6 +73,7 @@ def _json(run_folder: Path | None, redis_url: str | None) -> str:
 def _alive(name: str, run_folder: Path | None, redis_url: str | None) -> str:
     """A line that says so; raises DeadlineError when it does not. For health checks."""
     from common import status as pictures
+    from common.runfolder import RunFolder
 
     if run_folder is not None:
         if name != "learner":
@@ -81,7 +82,7 @@ def _alive(name: str, run_folder: Path | None, redis_url: str | None) -> str:
         silent_s = time.time() - last.at if last is not None else ALIVE_S
         if silent_s >= ALIVE_S:
             raise DeadlineError(f"{run_folder}: no word of the learner for {ALIVE_S:.0f} s or more")
-        if last is not None and last.over:
+        if last is not None and last.over and not RunFolder(run_folder, "").has_holder():
             raise DeadlineError(f"{run_folder}: the learner has ended, the run is {last.phase}")
         return f"{name} lives"
     from common.softstate import SoftState

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from common import figures, live, metrics, status, summary
 from common.metrics import Metrics
+from common.runfolder import RunFolder
 from common.status import ActorStatus, Heldout, Status, StatusFile
+from common.status_cli import status as isentrope_status
 from common.versions import Registry
 
 STEPS = 12
@@ -232,6 +235,24 @@ def test_a_run_that_was_stopped_and_is_resumed_is_not_said_to_stop(tmp_path: Pat
             StatusFile(tmp_path).write(now, force=True)
             view.refresh()
     assert captured.get().split() == ["stopped"], "the second time alone"
+
+
+def test_a_learner_lives_until_its_run_has_ended_and_again_once_it_is_resumed(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    ended = msgspec.structs.replace(a_troubled_status(), phase="stopped", at=time.time())
+    StatusFile(folder.path).write(ended, force=True)
+    assert alive(folder.path) == 1
+    folder.claim()  # a resumed learner, which has said nothing yet
+    assert alive(folder.path) == 0
+    StatusFile(folder.path).write(msgspec.structs.replace(ended, phase="training"), force=True)
+    assert alive(folder.path) == 0
+    folder.release()
+
+
+def alive(folder: Path) -> int:
+    return CliRunner().invoke(isentrope_status, [str(folder), "--alive", "learner"]).exit_code
 
 
 def test_a_sparkline_shows_the_course_in_the_room_there_is() -> None:
