@@ -155,7 +155,7 @@ def test_patches_are_made_of_slices_too(folder: tuple[Path, str]) -> None:
 def test_rank_0_never_holds_a_whole_version(folder: tuple[Path, str]) -> None:
     peaks = json.loads((folder[0] / "0.json").read_text())["peaks"]
     patch, whole = peaks[2:]  # the first of each kind pay for what is imported and warmed up
-    assert max(patch, whole) < 10 * ONE, "of 24 layers: one at a time, in few copies"
+    assert max(patch, whole) < 16 * ONE, "of 24 layers: one at a time, in few copies"
 
 
 def test_slices_go_with_the_last_tensor_that_rank_0_remembers(folder: tuple[Path, str]) -> None:

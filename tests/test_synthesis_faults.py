@@ -54,17 +54,18 @@ def test_a_regex_that_is_always_too_slow_ends_proposals_as_errors_and_the_run_go
 
 
 def test_a_labeller_that_fails_leaves_the_proposer_without_a_judgement_on_it() -> None:
-    world = World(labeller="python:tests.test_synthesis_faults:picky").until(6)
-    made, scores, checked = world.proposals().made, scores_of(world), 0
-    for ticket, found in scores.items():
-        reasons = [made[f"synthesis/{ticket}/{i}"].reason for i in range(4)]
-        failed = [r.startswith("verifier_error: the labeller failed: KeyError") for r in reasons]
-        judged = [s for s, fault in zip(found, failed, strict=True) if not fault]
-        for score, fault in zip(found, failed, strict=True):
-            if fault:
-                assert score == pytest.approx(np.mean(judged), abs=1e-12)
-                checked += 1
-    assert checked
+    world, checked = World(labeller="python:tests.test_synthesis_faults:picky"), 0
+    while not checked:  # the labeller works beside the steps: how many pass is nobody's promise
+        world.turn()
+        made = world.proposals().made
+        for ticket, found in scores_of(world).items():
+            reasons = [made[f"synthesis/{ticket}/{i}"].reason for i in range(4)]
+            failed = ["the labeller failed: KeyError" in reason for reason in reasons]
+            judged = [s for s, fault in zip(found, failed, strict=True) if not fault]
+            for score, fault in zip(found, failed, strict=True):
+                if fault:
+                    assert score == pytest.approx(np.mean(judged), abs=1e-12)
+                    checked += 1
 
 
 def picky(problem: str) -> str:
