@@ -58,7 +58,7 @@ class ServedStore:
             socket, self.endpoint = bind_router(
                 self._context, endpoint, keys, MAX_ASK, answers=HIGH_WATER
             )
-        except BaseException:
+        except BaseException:  # Ctrl-C too: a context left open would hold the process at its end
             self._context.destroy(linger=0)
             raise
         self._thread = threading.Thread(target=self._serve, args=(socket,), name="blobs")

@@ -96,7 +96,7 @@ class Course:
             "steps": t,
             "seconds": round(self.last.get("seconds") or 0.0 if self.lines else self.seconds, 2),
             **self._held_out(),
-            "groups": _fates(main) if main else {},
+            "groups": _main_sums(main) if main else {},
             "evaluations": {
                 label: {"step": step, **point.facts()}
                 for label, (step, point) in self.points.items()
@@ -126,7 +126,7 @@ class Course:
         self.lags.update({int(k): int(v) for k, v in lag.items()})
 
 
-def _fates(main: Sums) -> dict[str, Any]:
+def _main_sums(main: Sums) -> dict[str, Any]:
     return {
         "issued": main.issued,
         "trained": main.trained,

@@ -21,8 +21,8 @@ from common.versions import Registry, digest
 from learner.publish import Publisher
 from tests import runs
 from tests.conftest import Start
+from tests.test_launch import learner
 from tests.test_publish import publish, weights
-from tests.test_ranks import learner
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ class Namespaces:
         sweep(name)
         try:
             self._build()
-        except BaseException:
+        except BaseException:  # Ctrl-C too: hosts half built would outlive us
             self.close()
             raise
 
