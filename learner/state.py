@@ -117,4 +117,6 @@ def constants(policy: models.Policy, config: LearnerConfig) -> dict[str, float]:
         "max_entropy": math.log(policy.config.vocab_size),
         "n_aux": float(config.n_aux),
         "updates": float(config.updates_per_batch),
+        "lr_full": config.lr,
+        "momentum": 0.0 if config.classp is not None else config.betas[0],
     }

@@ -1,28 +1,133 @@
-"""What a predicted entropy change is worth, fitted as a run goes."""
+"""Where the entropy is heading and what an answer is worth, estimated as a run goes."""
 
 from __future__ import annotations
+
+import math
+from itertools import pairwise
 
 import pytest
 import torch
 
-from learner.methods.calibrate import REACH, Gain
+from learner.methods.calibrate import SLOPE, Course
+
+START = 0.2  # nats
 
 
-def test_gain_and_drift_are_found_from_what_happened() -> None:
-    gain = Gain()
+def follow(
+    shares: list[float],
+    *,
+    slope: float = SLOPE,
+    drift: float = 0.0,
+    beta: float = 0.9,
+    lag: int = 2,
+    noise: float = 0.0,
+) -> tuple[list[float], Course]:
+    """The logarithms of a plant's entropies, one more than steps, and what is made of them."""
+    course, entropies, moment, begun = Course(), [math.log(START)], 0.0, 0.0
     rng = torch.Generator().manual_seed(0)
-    for x in torch.randn(200, generator=rng).tolist():
-        gain.add(x, 3 * REACH * x - 0.5)
-    assert gain.slope == pytest.approx(3 * REACH, rel=0.35)
-    assert gain.drift == pytest.approx(-0.5, rel=0.2)
+    for share in shares:
+        moment, begun = beta * moment + (1 - beta) * share, beta * begun + (1 - beta)
+        seen = entropies[max(0, len(entropies) - 1 - lag)]
+        seen += noise * float(torch.randn((), generator=rng))
+        course.see(math.exp(seen), noise or None)
+        course.step(share, 1.0, 1.0, beta, lag)
+        entropies.append(entropies[-1] + slope * moment / begun + drift)
+    return entropies, course
 
 
-def test_the_gain_stays_positive_and_moves_only_when_predictions_vary() -> None:
-    gain = Gain()
-    for _ in range(50):
-        gain.add(1.0, -5.0)
-    assert gain.slope == REACH
-    assert gain.drift < -4
-    for x in (1.0, -1.0) * 50:
-        gain.add(x, -5.0 * x)
-    assert gain.slope == REACH / 2
+def shares(n: int, around: float = 0.0) -> list[float]:
+    return (around + 0.6 * torch.randn(n, generator=torch.Generator().manual_seed(1))).tolist()
+
+
+def test_a_plant_as_guessed_is_followed_without_a_surprise() -> None:
+    entropies, course = follow(shares(40))
+    assert course.level == pytest.approx(entropies[-3])  # two steps are not seen yet
+    assert (course.slope, course.drift) == (pytest.approx(SLOPE), pytest.approx(0, abs=1e-6))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+@pytest.mark.parametrize("lag", [0, 3])
+def test_the_heading_is_where_the_entropy_ends_when_every_later_step_rests(
+    beta: float, lag: int
+) -> None:
+    first = [-0.8] * 80  # long enough for the moment to be filled
+    course = follow(first, beta=beta, lag=lag, drift=0.04)[1]
+    course.drift, course.slope = 0.04, SLOPE
+    rest = -0.04 / SLOPE
+    ends = follow(first + [rest] * 200, beta=beta, lag=lag, drift=0.04)[0]
+    assert course.rest == rest
+    assert course.level is not None
+    off = course.level - ends[80 - lag]
+    assert course.heading(beta) - off == pytest.approx(ends[-1], abs=0.01)
+
+
+def test_slope_and_drift_are_found_from_what_happened() -> None:
+    course = follow(shares(200, -0.3), slope=1.5 * SLOPE, drift=0.06, beta=0.0, lag=0)[1]
+    assert course.slope == pytest.approx(1.5 * SLOPE, rel=0.15)
+    assert course.drift == pytest.approx(0.06, abs=0.02)
+
+
+def test_a_drift_shows_through_noise_and_steps_that_answer_it() -> None:
+    course = follow([-0.4] * 60, drift=0.08, noise=0.1)[1]
+    assert course.rest == pytest.approx(-0.4, abs=0.1)
+
+
+def test_noise_of_the_measured_entropy_is_no_drift() -> None:
+    course, drifts = Course(), []
+    rng = torch.Generator().manual_seed(0)
+    for noise in (0.3 * torch.randn(400, generator=rng)).tolist():
+        course.see(0.05 * math.exp(noise), 0.3)
+        course.step(0.0, 1.0, 1.0, 0.9, 0)
+        drifts.append(course.drift)
+    assert abs(sum(drifts) / len(drifts)) < 0.01, "the mean of the ratios is 1.09"
+
+
+def test_noisy_batches_move_the_estimate_less() -> None:
+    moved = []
+    for noise in (0.02, 0.3):
+        course = Course()
+        course.see(START, 0.1)
+        course.see(2 * START, noise)
+        assert course.level is not None
+        moved.append(course.level - math.log(START))
+    assert 0 < moved[1] < moved[0] < math.log(2)
+
+
+def test_the_slope_stays_positive_and_moves_only_when_predictions_vary() -> None:
+    for slope, bound in ((-SLOPE, SLOPE / 20), (9 * SLOPE, 3 * SLOPE)):
+        course = follow(shares(100), slope=slope, beta=0.0, lag=0)[1]
+        assert course.slope == pytest.approx(bound)
+    alike = follow([0.5] * 9, slope=1.5 * SLOPE, beta=0.0, lag=0)[1]
+    assert alike.slope == pytest.approx(SLOPE, rel=0.03)
+    assert alike.drift == pytest.approx(0.5 * 0.5 * SLOPE, rel=0.1)
+
+
+def test_a_warm_up_step_is_worth_its_share_of_the_rate() -> None:
+    whole, half = Course(), Course()
+    for course, rate in ((whole, 1.0), (half, 0.5)):
+        course.see(START, 0.05)
+        course.step(-0.8, 1.0, rate, 0.9, 0)
+    assert whole.level is not None
+    assert half.level is not None
+    falls = [course - math.log(START) for course in (whole.level, half.level)]
+    assert falls[1] == pytest.approx(falls[0] / 2)
+
+
+def test_a_lag_that_shrinks_shows_the_steps_that_it_held_back() -> None:
+    course = Course()
+    course.see(START, 0.05)
+    for lag in (3, 3, 3, 1):
+        course.step(-0.5, 1.0, 1.0, 0.0, lag)
+    assert len(course.ahead) == 1
+    assert course.level == pytest.approx(math.log(START) - 3 * 0.5 * SLOPE)
+
+
+def test_its_state_is_plain_and_goes_on_the_same() -> None:
+    course = follow(shares(20), noise=0.1)[1]
+    again = Course.of(course.state())
+    for one in (course, again):
+        one.see(0.1, 0.1)
+        one.step(0.2, 1.0, 1.0, 0.9, 2)
+    assert again == course
+    for a, b in pairwise((course.state(), again.state())):
+        assert a == b

@@ -80,6 +80,7 @@ class Bandit:
             self.z = self.z - self.lr * gradient
         self.facts = {"t": float(self.steps), "entropy": before, "lr": self.lr}
         self.facts |= {"updates": float(self.updates), "max_entropy": math.log(ARMS)}
+        self.facts |= {"lr_full": self.lr, "momentum": 0.0}
         self.facts |= {"entropy_predicted": predicted, "n_aux": 1.0}
         self.facts |= {k: v for k, v in effects.items() if isinstance(v, float)}
         if self.realised:

@@ -1,64 +1,118 @@
-"""What a predicted entropy change is worth: realised = drift + slope · predicted, fitted on line.
+"""Where the entropy is, where it is heading, and what an answer is worth: estimated on line.
+
+With x the logarithm of the mean entropy, and the net share u of a step: what is predicted of it,
+over all flows that its weights leave, -1 if all tokens lowered the entropy and 1 if all raised it,
+
+    x ← x + slope · m + drift           m ← β m + (1 - β) u
 
 Adam makes a step's size independent of the gradient's, and shared weights rescale what is left, so
-a prediction says little by its size. It is therefore taken as a share of the flows it is made of,
--1 if all tokens lowered the entropy, and what happened as the change of the entropy's logarithm:
-the mean of a ratio of two noisy entropies is above 1 by the square of their noise, which a drift
-would take for entropy that comes by itself. The slope is what such a share moves in a step, from a
-ridge regression with intercept and forgetting, drawn to a guess and kept within a band around it,
-so that it is positive. The drift follows what the slope leaves unexplained, faster.
+a prediction says little by its size: hence shares, and a slope. The optimizer's first moment
+spreads a step over the next 1 / (1 - β), so most of what was decided last is yet to come; and
+answers sampled by a version that is some steps old do not show yet where later choices lead. Both
+are known, not noise: they are what `heading` adds to the level. Drift is what comes by itself:
+batches that are drawn from harder problems, steps along what noise a balance leaves.
 
-What is realised is the change from batch to batch: where choices lead shows in no measure that is
-taken on the same tokens. It holds the difference of the batches too, hence the narrow band.
+A Kalman filter follows level, drift and slope: the regression of what is realised on what was
+predicted, with an intercept, a prior and forgetting, that also knows the noise of a batch, which is
+measured from its groups. Beliefs in drift and slope are tied such that steps alike tell the drift
+alone: the slope moves only when predictions vary, and is kept positive. Logarithms throughout: the
+mean of a ratio of two noisy entropies is above 1 by the square of their noise, which a drift would
+take for entropy that comes by itself.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Self
 
 import msgspec
+import numpy as np
 
-REACH = 0.1  # the guess: both flows together move the entropy by so much of itself in a step
-_MEMORY = 0.95  # weight of an observation, one observation later
-_SLOPE_PRIOR, _DRIFT_PRIOR = 10.0, 10.0  # in observations …
-_SIZE = 0.5  # … of this size: small predictions drown in the difference of the batches
-_PACE = 0.05  # share of an unexplained change that goes into the drift at once
-# Bounds of the slope, in guesses. A controller that works makes predictions and changes look
-# unrelated, so that the fit errs towards 0, where it would make the controller wild.
-_LEAST, _MOST = 0.5, 4.0
-_VARIES = 0.01  # variance of the predictions over their mean square, below which nothing is learned
+SLOPE = 0.2  # the guess: all flows together move the entropy by so much of itself in a step
+_BAND = (0.05, 3.0)  # bounds of the slope, in guesses
+_NOISE = (
+    0.1  # of a batch's entropy, as a share of it, where there are no two groups to tell it from
+)
+_WIDE = 1.5  # what groups tell of it is times this: a few rich answers hold most of it
+_QUIET = 0.02  # … and at least: groups that agree by chance are no proof
+# Standard deviations of what is not foreseen, in slopes: of level and drift in a step, of the drift
+# before the first, of the slope in a step and before the first.
+_JUMP, _SWAY, _DRIFT, _TURN, _GUESS = 0.15, 0.06, 0.25, 0.02, 0.5
+_MOST = 0.9  # bound of the drift, in slopes: what no answer could hold is no drift
 
 
-class Gain(msgspec.Struct, kw_only=True):
-    slope: float = REACH
-    drift: float = 0.0
-    n: float = 0.0
-    x: float = 0.0
-    y: float = 0.0
-    xx: float = 0.0
-    xy: float = 0.0
+class Course(msgspec.Struct, kw_only=True):
+    level: float | None = None  # ln nats, at the last step that a batch shows
+    drift: float = 0.0  # a step
+    slope: float = SLOPE
+    moment: float = 0.0  # the optimizer's first, of what moves the entropy …
+    mass: float = 0.0  # … and of all that moves
+    begun: float = 0.0  # how much of it has been filled: Adam scales a young one up
+    ahead: list[float] = msgspec.field(default_factory=list)  # moments that no batch shows yet
+    doubt: list[list[float]] | None = None  # covariance of (level, drift, slope)
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Self:
-        return cls(**state)
+        return msgspec.convert(state, cls)
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         return msgspec.structs.asdict(self)
 
-    def add(self, predicted: float, realised: float) -> None:
-        """Learn from one step."""
-        x, y = predicted, realised
-        new = {"n": 1.0, "x": x, "y": y, "xx": x * x, "xy": x * y}
-        for name, value in new.items():
-            setattr(self, name, _MEMORY * getattr(self, name) + value)
-        square = self.xx / self.n
-        if square - (self.x / self.n) ** 2 > _VARIES * square:  # else nothing tells the slope
-            self._fit()
-        self.drift += _PACE * (realised - self.drift - self.slope * predicted)
+    @property
+    def rest(self) -> float:
+        """The net share that keeps the entropy where it is."""
+        return -self.drift / self.slope
 
-    def _fit(self) -> None:
-        hold = _SLOPE_PRIOR * _SIZE**2
-        a, b, d = self.n + _DRIFT_PRIOR, self.x, self.xx + hold
-        right = self.xy + hold * REACH
-        slope = (a * right - b * self.y) / (a * d - b * b)
-        self.slope = min(max(slope, REACH * _LEAST), REACH * _MOST)
+    def heading(self, beta: float) -> float:
+        """ln nats: where the level ends if from now on every step is at rest."""
+        assert self.level is not None
+        coming = sum(self.slope * (m - self.rest) for m in self.ahead)
+        left = self.begun * beta / (1 - beta) * self.slope * (self._moment() - self.rest)
+        return self.level + coming + left
+
+    def see(self, entropy: float, noise: float | None) -> None:
+        """Take in a batch's mean entropy, in nats, and its standard error as a share of it."""
+        value = math.log(entropy)
+        noise = _NOISE if noise is None else max(_WIDE * noise, _QUIET)
+        if self.level is None or self.doubt is None:
+            self.level = value
+            self.doubt = [[noise**2, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+            return
+        doubt = np.array(self.doubt)
+        by = doubt[:, 0] / (doubt[0, 0] + noise**2)
+        level, drift, slope = np.array([self.level, self.drift, self.slope]) + by * (
+            value - self.level
+        )
+        self.level = float(level)
+        self.slope = float(min(max(slope, SLOPE * _BAND[0]), SLOPE * _BAND[1]))
+        self.drift = float(min(max(drift, -_MOST * self.slope), _MOST * self.slope))
+        self.doubt = (doubt - np.outer(by, doubt[0])).tolist()
+
+    def step(self, share: float, mass: float, rate: float, beta: float, lag: int) -> None:
+        """Take in a step: its net share, how much of the flows its weights left, its learning rate
+        as a share of the full one, and how many steps it takes until a batch shows it.
+        """
+        self.moment = beta * self.moment + (1 - beta) * mass * share
+        self.mass = beta * self.mass + (1 - beta) * mass
+        self.begun = beta * self.begun + (1 - beta)
+        self.ahead.append(rate * self._moment())
+        while len(self.ahead) > lag:
+            self._pass(self.ahead.pop(0))
+
+    def _moment(self) -> float:
+        return self.moment / self.mass if self.mass else self.rest
+
+    def _pass(self, moment: float) -> None:
+        """One more step shows."""
+        assert self.level is not None
+        doubt = np.array(self.doubt)
+        if doubt[2, 2] == 0:  # the first: slope and drift are in doubt such that their sum is known
+            drift, slope = _DRIFT * self.slope, _GUESS * self.slope
+            doubt[1:, 1:] = [
+                [drift**2 + (moment * slope) ** 2, -moment * slope**2],
+                [-moment * slope**2, slope**2],
+            ]
+        self.level += self.slope * moment + self.drift
+        move = np.array([[1.0, 1.0, moment], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        new = np.square(np.array([_JUMP, _SWAY, _TURN]) * self.slope)
+        self.doubt = (move @ doubt @ move.T + np.diag(new)).tolist()

@@ -11,26 +11,31 @@ sure answers takes entropy away although no distribution need change. To first o
     up = Σ of the positive ones, down = -Σ of the negative ones
 
 OPEFO's balance makes both cancel: raising tokens weigh 1 + λ, lowering ones 1 - λ, with
-λ = (down - up) / (up + down). Here the sum is not to be 0 but ΔH*, what a controller wants, and
-three means supply it, each bounded, price or weights first (`first`), the bonus last:
+λ = (down - up) / (up + down). Here the sum is not to be 0 but ΔH* = u* · mass, u* the share that a
+controller wants of the flows that are left (the mass: of weights, up (1 + λ) + down (1 - λ)); and
+three means supply it, each bounded, weights or price first (`first`), the bonus last:
 
-    price    of entropy, p: a choice's advantage A becomes A + p F.  Push: η p q F²
     weights  λ = clip((ΔH* + down - up - price's push) / (up + down), ±lambda_max)
+    price    of entropy, p: a choice's advantage A becomes A + p F.  Push: η p q F²
     bonus    b on every token's own entropy.  Push: η b Σ_v S_v², of which q (H + ln q)² is an
              unbiased estimate from the token sampled
 
-The price leaves alone what is learned within an answer, a λ near 1 silences half of it, and a bonus
-makes sure tokens unsure.
+Weights slow what is learned and let it be learned, but a λ near 1 silences most of it, and what is
+left of the entropy gathers in a few rich answers. The price holds more evenly and costs more: it
+bends the very choices that pay. A bonus makes sure tokens unsure. All weights are divided by the
+mass, as a share of the flows: else a step that follows small ones would be far larger than Adam's
+second moment expects.
 
 Optional, off by default, and constant since it acts slowly: a `spread` on the entropy of tokens
 that are lost already, in wrong answers that have left every right one of their group; and
 `sharpen` against that of right answers' tokens, so that what lost ones learn does not leak into
 these. Entropy moves to where there is nothing to lose; the drift's fit sees what that does.
 
-The controller wants a change a step of p_gain · e + ∫, e = target - H as it is heading, the
-integral i_gain · Σ e at rest while the answer is saturated or the target far away. Adam and shared
-weights rescale predictions, so they are taken as a share of both flows, and what a share is worth,
-and the drift that no prediction explains, are fitted as the run goes (calibrate.py).
+The controller is proportional and integral, on top of what is estimated as the run goes
+(calibrate.py): u* is the share that rests the entropy, and (p_gain · e + ∫) / slope more, e being
+how far the entropy will be from the target, in logarithms, once what was already decided has come.
+The integral, i_gain · Σ of the error as it is measured, rests while the answer is saturated or the
+target far away.
 """
 
 from __future__ import annotations
@@ -44,17 +49,17 @@ import msgspec
 from common.config import NaturalInt, NotNegative, Positive, need
 from common.errors import ConfigError
 from learner.methods.base import Governed, Method, State, finite, known, refuse_above
-from learner.methods.calibrate import Gain
+from learner.methods.calibrate import Course
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from learner.table import Table
 
-_NEAR = 0.3  # error, as a share of the target, within which it is integrated
+_LEFT = 0.2  # mass, as a share of the flows, below which a step is not scaled up to a whole one
+_MOST = 0.9  # share of the flows that is ever wanted
 _LEAK = 0.95  # of the integral, a step, while there is nothing to do
-_FAR = 0.3  # … and to which a larger one is cut: haste overshoots, and down is slower than up
-_SMOOTH = 0.5  # weight of the past in the entropy whose slope says where it is heading
+_FAR = 0.5  # of the logarithm: errors are cut to it, haste overshoots
 _BEND = 3.0  # a price changes no advantage by more than so many times itself
 
 
@@ -84,7 +89,7 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
 
         floor     to fall below the target. Above it (and a brake zone) this is plain GRPO (but
                   for a spread); the answer only ever raises entropy (λ >= 0)
-        hold      to leave the target, either way
+        hold      to leave the target, either way. From far above it goes down about as GRPO does
         ceiling   to rise above it: the mirror image of floor, by weights alone
 
     The preset "opefo" is OPEFO (entropy-flow balance) alone: ΔH* = 0, F left out, no other knob.
@@ -101,13 +106,12 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
     changes: tuple[tuple[NaturalInt, Positive], ...] = ()  # (step, target from that step on)
     spread: NotNegative = 0.0  # coefficient of the bonus on lost tokens; 0: no sharpening either
     sharpen: NotNegative = 0.3  # coefficient against the entropy of right answers' tokens
-    first: Literal["price", "weights"] = "price"  # which of them answers before the other
+    first: Literal["weights", "price"] = "weights"  # which of them answers before the other
     price_max: NotNegative = 3.0
     lambda_max: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     bonus_max: NotNegative = 1.0
-    p_gain: Positive = 0.1  # share of the error to close in a step
-    i_gain: NotNegative = 0.004
-    lead: NotNegative = 3.0  # steps that the entropy's course is drawn on before it is judged
+    p_gain: Positive = 0.2  # share of the error ahead to close in a step
+    i_gain: NotNegative = 0.01  # … and of the measured one, added up
     brake: NotNegative = 1.0  # floor, ceiling: share of the target before it where it may brake
 
     def check(self) -> None:
@@ -143,14 +147,24 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         led = (c * -table.logp.exp() * ahead).masked_fill(~table.main, 0.0)
         flows = _flows(change + led)
         numbers |= {"up": flows.up, "down": flows.down, "paths": float(led.double().sum())}
-        heading = target - self._heading(state, entropy)
-        idle = Governed(numbers=numbers | {"lambda": 0.0, "saturated": 0.0, "active": 0.0})
-        if flows.both == 0:
-            return idle
-        if self._is_idle(heading / target):
-            return self._spread(idle, table, at)
-        near = min(max(heading, -_FAR * target), _FAR * target)
-        numbers["wanted"] = self._wanted(near, flows, entropy, state)
+        numbers["lag"] = _mean(table.lag.float(), table)
+        noise = _noise(table, entropy)
+        if noise is not None:
+            numbers["noise"] = noise
+        numbers |= {"lambda": 0.0, "saturated": 0.0, "active": 0.0}
+        if flows.both == 0 or entropy <= 0:
+            return Governed(numbers=numbers)
+        numbers |= {"mass": 1.0, "share": (flows.up - flows.down) / flows.both}
+        course = Course.of(state["course"])
+        course.see(entropy, noise)
+        heading = course.heading(state["beta"])
+        numbers |= {"heading": math.exp(heading), "slope": course.slope, "rest": course.rest}
+        error = math.log(target) - heading
+        if self._is_idle(error):
+            return self._spread(Governed(numbers=numbers), table, at)
+        near = min(max(error, -_FAR), _FAR)
+        share = course.rest + (self.p_gain * near + state["integral"]) / course.slope
+        numbers["wanted"] = min(max(share, -_MOST), _MOST)
         return self._spread(self._answer(table, c, ahead, flows, numbers), table, at)
 
     def target_at(self, step: int) -> float:
@@ -162,12 +176,6 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
             return 1.0
         return float(entropy if state["start"] is None else state["start"])
 
-    def _heading(self, state: State, entropy: float) -> float:
-        """The entropy, `lead` steps from here."""
-        if state["smooth"] is None:
-            return entropy
-        return entropy + self.lead * (_smooth(state, entropy) - float(state["smooth"]))
-
     @staticmethod
     def _ahead(table: Table) -> tuple[Tensor, Tensor]:
         """[T]: prefixes, and the entropy ahead of the choices made at them."""
@@ -177,16 +185,9 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         return at, entropy_ahead(table, at).to(table.H.dtype)
 
     def _is_idle(self, error: float) -> bool:
-        """`error`: as a share of the target, negative above it."""
-        if self.mode == "floor":
-            return error < -self.brake
-        return self.mode == "ceiling" and error > self.brake
-
-    def _wanted(self, error: float, flows: Flows, entropy: float, state: State) -> float:
-        """ΔH* of one update per unit of learning rate: what the predictions shall add up to."""
-        gain = Gain.of(state["gain"])
-        change = self.p_gain * error + state["integral"] - gain.drift * entropy
-        return float(change / gain.slope * flows.both / entropy) if entropy > 0 else 0.0
+        """`error`: of the logarithm, negative above the target."""
+        zone = math.log1p(self.brake)
+        return (self.mode == "floor" and error < -zone) or (self.mode == "ceiling" and error > zone)
 
     def _spread(self, found: Governed, table: Table, at: Tensor) -> Governed:
         """The same answer, with entropy moved to lost tokens."""
@@ -206,25 +207,36 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         q = table.logp.exp()
         by_price = _mean((q * ahead.square()).masked_fill(~moves, 0.0), table)
         by_bonus = _mean(q * (table.H + table.logp).square(), table)
-        short = numbers["wanted"] + flows.down - flows.up
-        found = self._supply(short, by_price, flows.both, by_bonus)
-        even = abs(found.left) <= 1e-6 * flows.both
+        net = flows.up - flows.down
+        wanted = numbers["wanted"]
+        # of net - wanted · mass, which shall be 0, and in which every mean is linear
+        short = wanted * flows.both - net
+        found = self._supply(
+            short, (1 - wanted) * by_price, flows.both - wanted * net, (1 - wanted) * by_bonus
+        )
+        supplied = abs(found.left) <= 1e-6 * flows.both
+        push = found.price * by_price + found.bonus * by_bonus
         numbers |= {
             "price": found.price,
             "lambda": found.tilt,
-            "push": found.price * by_price + found.bonus * by_bonus,
-            "saturated": 0.0 if even else math.copysign(1.0, found.left),
+            "push": push,
+            "saturated": 0.0 if supplied else math.copysign(1.0, found.left),
             "active": 1.0,
         }
+        mass = flows.both + found.tilt * net + push
+        net += found.tilt * flows.both + push
+        even = max(mass / flows.both, _LEFT)
+        numbers |= {"mass": mass / flows.both / even, "share": net / mass if mass > 0 else 0.0}
         weight = None
         if found.price or found.tilt:
             bend = (found.price * ahead / table.advantage).masked_fill(~moves, 0.0)
             tilt = found.tilt * flows.change.sign()
-            weight = (1 + tilt + bend.clamp(-_BEND, _BEND)).float()
+            weight = (1 + tilt + bend.clamp(-_BEND, _BEND)) / even
+            weight = weight.masked_fill(~table.main, 1.0).float()
         return Governed(weight, found.bonus, numbers=numbers)
 
     def _supply(self, short: float, by_price: float, by_weights: float, by_bonus: float) -> Answer:
-        """`by_…`: the predicted change from 1 of each, per unit of learning rate."""
+        """`by_…`: what 1 of each adds to what is short."""
         price = tilt = bonus = 0.0
         least = 0.0 if self.mode == "floor" else -self.lambda_max
         most = 0.0 if self.mode == "ceiling" else self.lambda_max
@@ -247,33 +259,28 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
     def initial(self) -> State:
         return {
             "start": None,  # entropy before the first step
-            "smooth": None,  # entropy, its noise taken off
+            "beta": 0.0,  # of the optimizer's first moment, over a step
+            "course": Course().state(),
             "target": None,
             "integral": 0.0,
-            "gain": Gain().state(),
-            "last": None,  # of the last step: (net share of its flows, entropy before it)
         }
 
     def observe(self, state: State, facts: Mapping[str, float]) -> State:
         entropy, own = known(self, facts, "entropy"), _own(facts)
         start = entropy if state["start"] is None else state["start"]
         self._check_reachable(start, facts["max_entropy"])
-        gain = Gain.of(state["gain"])
-        if state["last"] is not None and entropy > 0:
-            predicted, before = state["last"]
-            gain.add(predicted, math.log(entropy / before))
-        flow = own.get("up", 0.0) + own.get("down", 0.0)
-        last = None
-        if flow > 0 and entropy > 0:
-            net = own["up"] - own["down"] + own["lambda"] * flow + own.get("push", 0.0)
-            last = (net / flow, entropy)
+        beta = facts["momentum"] ** facts["updates"]
+        course = Course.of(state["course"])
+        if "share" in own:  # else there was nothing to learn from
+            course.see(entropy, own.get("noise"))
+            rate = facts["lr"] / facts["lr_full"]
+            course.step(own["share"], own["mass"], rate, beta, round(own["lag"]))
         return {
             "start": start,
-            "smooth": _smooth(state, entropy),
+            "beta": beta,
+            "course": course.state(),
             "target": own["target"],
             "integral": self._integrate(state, own),
-            "gain": gain.state(),
-            "last": last,
         }
 
     def _check_reachable(self, start: float, max_entropy: float) -> None:
@@ -294,10 +301,10 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
             return 0.0
         if not own.get("active", 0.0):
             return float(_LEAK * integral)
-        near = abs(error) <= _NEAR * target  # on a long way it would only learn to overshoot
+        near = abs(error) <= _FAR * target  # on a long way it would only learn to overshoot
         if near and own["saturated"] * error <= 0:  # saturated: more of it would change nothing
-            integral += self.i_gain * error
-        bound = self.p_gain * target / 2  # it may stand for an error of half the target
+            integral += self.i_gain * error / target
+        bound = self.p_gain * _FAR
         return float(min(max(integral, -bound), bound))
 
 
@@ -311,9 +318,20 @@ def _mean(values: Tensor, table: Table) -> float:
     return float(chosen.mean()) if len(chosen) else 0.0
 
 
-def _smooth(state: State, entropy: float) -> float:
-    past = entropy if state["smooth"] is None else state["smooth"]
-    return float(_SMOOTH * past + (1 - _SMOOTH) * entropy)
+def _noise(table: Table, entropy: float) -> float | None:
+    """Standard error of the mean entropy as a share of it, from what its groups have; None of less
+    than two groups: answers to one prompt say nothing of others.
+    """
+    import torch
+
+    group, H = table.group[table.main], table.H[table.main].double()
+    there = torch.bincount(group) > 0
+    n = int(there.sum())
+    if n < 2 or entropy <= 0:
+        return None
+    excess = torch.bincount(group, H - entropy)[there]
+    square = excess.square().sum() * n / (n - 1)
+    return float(square.sqrt()) / len(H) / entropy
 
 
 def _flows(change: Tensor) -> Flows:
