@@ -73,7 +73,6 @@ def _json(run_folder: Path | None, redis_url: str | None) -> str:
 def _alive(name: str, run_folder: Path | None, redis_url: str | None) -> str:
     """A line that says so; raises DeadlineError when it does not. For health checks."""
     from common import status as pictures
-    from common.runfolder import RunFolder
 
     if run_folder is not None:
         if name != "learner":
@@ -82,7 +81,7 @@ def _alive(name: str, run_folder: Path | None, redis_url: str | None) -> str:
         silent_s = time.time() - last.at if last is not None else ALIVE_S
         if silent_s >= ALIVE_S:
             raise DeadlineError(f"{run_folder}: no word of the learner for {ALIVE_S:.0f} s or more")
-        if last is not None and last.over and not RunFolder(run_folder, "").has_holder():
+        if last is not None and is_over(last, run_folder):
             raise DeadlineError(f"{run_folder}: the learner has ended, the run is {last.phase}")
         return f"{name} lives"
     from common.softstate import SoftState
@@ -111,9 +110,17 @@ def _looks(
     def look(width: int, height: int) -> tuple[RenderableType, bool]:
         now = _look(run_folder, redis_url)
         lines = reader.lines() if reader is not None else []
-        return render(now, lines, (), width, title, height), now is not None and now.over
+        shown = render(now, lines, (), width, title, height)
+        return shown, now is not None and is_over(now, run_folder)
 
     return look
+
+
+def is_over(last: Status, run_folder: Path | None) -> bool:
+    """A run that is resumed holds its folder long before its learner says a word."""
+    from common.runfolder import RunFolder
+
+    return last.over and (run_folder is None or not RunFolder(run_folder, "").has_holder())
 
 
 def _look(run_folder: Path | None, redis_url: str | None) -> Status | None:

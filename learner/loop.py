@@ -46,6 +46,7 @@ def learn(run: RunConfig, config: LearnerConfig, folder: RunFolder, comm: Comm) 
     with ExitStack() as stack:
         it = wire(run, config, folder, comm, stack)
         it.desk.want(it.state.ask or NOTHING)
+        it.report.live(it.desk, it.state.t)  # what an earlier life said last is no longer so
         _publish(it)
         _evaluate(it, "before", it.config.eval.first and it.state.t == 0)
         ending = "" if it.state.t < it.config.steps else "done"

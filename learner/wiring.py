@@ -37,6 +37,8 @@ from learner.step import TrainState
 
 log = logging.getLogger("isentrope.learner")
 
+LOOK_S = 3.0  # that training is held up by one look at a Redis that says nothing
+
 
 @dataclass(slots=True)
 class Learner:
@@ -78,7 +80,7 @@ def wire(
     socket, endpoint = _socket(run, stack)
     past, journal = _take_up(run, config, folder, incarnation, stack)
     fail = Failpoint.parse(run.failpoint)
-    registry = Registry(run.redis, folder.run_id)
+    registry = Registry(run.redis, folder.run_id, LOOK_S)
     if registry.unguarded:
         log.warning("%s", registry.unguarded)
     publisher = _publisher(run, config, registry, incarnation, fail, comm, stack)

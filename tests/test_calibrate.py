@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from itertools import pairwise
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,10 +55,10 @@ def test_the_heading_is_where_the_entropy_ends_when_every_later_step_rests(
 ) -> None:
     first = [-0.8] * 80  # long enough for the moment to be filled
     course = follow(first, beta=beta, lag=lag, drift=0.04)[1]
-    course.drift, course.slope = 0.04, SLOPE
+    course.drift, course.slope, course.trend = 0.04, SLOPE, 0.0
     rest = -0.04 / SLOPE
     ends = follow(first + [rest] * 200, beta=beta, lag=lag, drift=0.04)[0]
-    assert course.rest == rest
+    assert course.rest(beta) == pytest.approx(rest)
     assert course.level is not None
     off = course.level - ends[80 - lag]
     assert course.heading(beta) - off == pytest.approx(ends[-1], abs=0.01)
@@ -69,7 +72,7 @@ def test_slope_and_drift_are_found_from_what_happened() -> None:
 
 def test_a_drift_shows_through_noise_and_steps_that_answer_it() -> None:
     course = follow([-0.4] * 60, drift=0.08, noise=0.1)[1]
-    assert course.rest == pytest.approx(-0.4, abs=0.1)
+    assert course.rest(0.9) == pytest.approx(-0.4, abs=0.15)
 
 
 def test_noise_of_the_measured_entropy_is_no_drift() -> None:
@@ -129,5 +132,35 @@ def test_its_state_is_plain_and_goes_on_the_same() -> None:
         one.see(0.1, 0.1)
         one.step(0.2, 1.0, 1.0, 0.9, 2)
     assert again == course
-    for a, b in pairwise((course.state(), again.state())):
-        assert a == b
+
+
+def test_a_drift_that_moves_on_is_answered_where_it_will_be() -> None:
+    course, level = Course(), math.log(START)
+    for t in range(60):
+        course.see(math.exp(level), 0.03)
+        course.step(-0.3, 1.0, 1.0, 0.9, 2)
+        level += SLOPE * -0.3 + 0.002 * t  # rests at -0.01 t: it is the step's own answer that lags
+    drift, ahead = 0.002 * 59, 2 + 9
+    assert course.rest(0.9) == pytest.approx(-(drift + 0.002 * ahead) / SLOPE, rel=0.1)
+    assert -course.drift / course.slope == pytest.approx(-drift / SLOPE, rel=0.1)
+
+
+def test_the_script_finds_the_constants_that_foretell_a_recorded_run_best(tmp_path: Path) -> None:
+    moved, beta = shares(120), 0.9
+    entropies = follow(moved, beta=beta)[0]
+    rng = torch.Generator().manual_seed(2)
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for t, share in enumerate(moved):
+            seen = entropies[max(0, t - 2)] + 0.06 * float(torch.randn((), generator=rng))
+            own = {"noise": 0.05, "share": share, "mass": 1.0, "lag": 2.0}
+            line = {"step": t + 1, "time": 0.0, "lr": 1e-4, "entropy": math.exp(seen)}
+            line |= {f"methods/isentropic/{name}": value for name, value in own.items()}
+            file.write(json.dumps(line) + "\n")
+    script = Path(__file__).parent.parent / "scripts" / "likelihood"
+    command = [sys.executable, str(script), str(tmp_path), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    nats = {name: found[0] for name, found in json.loads(done.stdout).items()}
+    best = nats["as they are"]
+    assert best > nats["without momentum"] + 0.1
+    for other in ("_WIDE x 2", "_WIDE x 0.5", "SLOPE x 0.5", "level of a step x 2"):
+        assert best > nats[other], other

@@ -480,15 +480,11 @@ def miss(bandit: Bandit, share: float, last: int = 30) -> float:
 
 
 @pytest.mark.parametrize("mode", ["floor", "hold"])
-@pytest.mark.parametrize(("share", "most"), [(0.5, 0.1), (1.0, 0.02)])
-def test_it_holds_a_share_of_the_starting_entropy_on_the_bandit(
-    mode: Any, share: float, most: float
-) -> None:
-    """Measured, of seed 0: 0.10 and 0.09 at 0.5, 0.003 at 1. At 0.5 it is a tenth too low at the
-    end: what the integral took up on the way down it gives back at `i_gain` a step only.
-    """
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_it_holds_a_share_of_the_starting_entropy_on_the_bandit(mode: Any, share: float) -> None:
+    """Measured, of seeds 0 and 1: at most 0.003; a floor at 0.25 0.03, since it never pushes down."""
     held = Bandit([Isentropic(target=share, mode=mode)], realised=False).run(110)
-    assert miss(held, share) < most
+    assert miss(held, share) < (0.05 if mode == "floor" else 0.01)
     assert held.success > 0.5
 
 
@@ -502,4 +498,4 @@ def test_a_target_that_changes_mid_run_is_followed() -> None:
     method = Isentropic(target=1.0, mode="hold", changes=((40, 0.6),))
     bandit = Bandit([method], realised=False).run(40)
     assert miss(bandit, 1.0, last=15) < 0.02
-    assert miss(bandit.run(60), 0.6, last=20) < 0.1
+    assert miss(bandit.run(60), 0.6, last=20) < 0.05

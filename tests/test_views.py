@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from common import figures, live, metrics, status, summary
 from common.metrics import Metrics
 from common.runfolder import RunFolder
 from common.status import ActorStatus, Heldout, Status, StatusFile
+from common.status_cli import is_over
 from common.status_cli import status as isentrope_status
 from common.versions import Registry
 
@@ -350,3 +352,12 @@ def isentrope(*arguments: str) -> subprocess.CompletedProcess[str]:
         check=False,
         timeout=60,
     )
+
+
+def test_a_finished_run_that_is_resumed_is_not_over(tmp_path: Path) -> None:
+    now = a_status()
+    now.phase = "done"
+    assert is_over(now, tmp_path)
+    (tmp_path / "lock").write_text(str(os.getpid()))  # … by this process
+    assert not is_over(now, tmp_path)
+    assert is_over(now, None)  # over Redis only the learner itself speaks

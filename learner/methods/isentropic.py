@@ -110,7 +110,7 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
     price_max: NotNegative = 3.0
     lambda_max: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     bonus_max: NotNegative = 1.0
-    p_gain: Positive = 0.2  # share of the error ahead to close in a step
+    p_gain: Positive = 0.3  # share of the error ahead to close in a step
     i_gain: NotNegative = 0.01  # … and of the measured one, added up
     brake: NotNegative = 1.0  # floor, ceiling: share of the target before it where it may brake
 
@@ -157,13 +157,13 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         numbers |= {"mass": 1.0, "share": (flows.up - flows.down) / flows.both}
         course = Course.of(state["course"])
         course.see(entropy, noise)
-        heading = course.heading(state["beta"])
-        numbers |= {"heading": math.exp(heading), "slope": course.slope, "rest": course.rest}
+        heading, rest = course.heading(state["beta"]), course.rest(state["beta"])
+        numbers |= {"heading": math.exp(heading), "slope": course.slope, "rest": rest}
         error = math.log(target) - heading
         if self._is_idle(error):
             return self._spread(Governed(numbers=numbers), table, at)
         near = min(max(error, -_FAR), _FAR)
-        share = course.rest + (self.p_gain * near + state["integral"]) / course.slope
+        share = rest + (self.p_gain * near + state["integral"]) / course.slope
         numbers["wanted"] = min(max(share, -_MOST), _MOST)
         return self._spread(self._answer(table, c, ahead, flows, numbers), table, at)
 
