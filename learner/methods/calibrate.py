@@ -32,9 +32,7 @@ import numpy as np
 
 SLOPE = 0.2  # the guess: all flows together move the entropy by so much of itself in a step
 _BAND = (0.05, 3.0)  # bounds of the slope, in guesses
-_NOISE = (
-    0.1  # of a batch's entropy, as a share of it, where there are no two groups to tell it from
-)
+_NOISE = 0.1  # of a batch's entropy, as a share of it, where less than two groups tell it
 _WIDE = 1.2  # what groups tell of it is times this: a few rich answers hold most of it
 _QUIET = 0.02  # … and at least: groups that agree by chance are no proof
 # Standard deviations of what is not foreseen, in slopes: in a step, and before the first. Where the
