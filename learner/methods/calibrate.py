@@ -35,8 +35,8 @@ _BAND = (0.05, 3.0)  # bounds of the slope, in guesses
 _NOISE = 0.1  # of a batch's entropy, as a share of it, where less than two groups tell it
 _WIDE = 1.2  # what groups tell of it is times this: a few rich answers hold most of it
 _QUIET = 0.02  # … and at least: groups that agree by chance are no proof
-# Standard deviations of what is not foreseen, in slopes: in a step, and before the first. Where the
-# likelihood of 18 recorded runs of the demo task is largest, with SLOPE, _WIDE and Adam's own beta.
+# Standard deviations of what is not foreseen, in slopes: in a step, and before the first. Those of
+# a step, SLOPE and _WIDE are where recorded runs of the demo are most likely (scripts/likelihood).
 _STEP = (0.05, 0.02, 0.01, 0.001)  # of level, drift, slope, trend
 _FIRST = (0.25, 0.5, 0.005)  # of drift, slope, trend
 _MOST = 0.9  # bound of the drift, in slopes: what no answer could hold is no drift
@@ -52,6 +52,8 @@ class Course(msgspec.Struct, kw_only=True):
     begun: float = 0.0  # how much of it has been filled: Adam scales a young one up
     ahead: list[float] = msgspec.field(default_factory=list)  # moments that no batch shows yet
     doubt: list[list[float]] | None = None  # covariance of (level, drift, slope, trend)
+    off: float = 0.0  # the last batch: what was seen less what was foreseen, in logarithms …
+    square: float = 1.0  # … and what the square of it was expected to be
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Self:
@@ -70,12 +72,16 @@ class Course(msgspec.Struct, kw_only=True):
         assert self.level is not None
         rest, turn = -self.drift / self.slope, -self.trend / self.slope
         coming = sum(m - rest - turn * i for i, m in enumerate(self.ahead))
-        then = rest + turn * (len(self.ahead) + 1 / (1 - beta))
-        left = self.begun * beta / (1 - beta) * (self._moment(then) - then)
+        last = rest + turn * (len(self.ahead) - 1)  # when the newest moment shows
+        left = _carried(beta, self.begun) * (self._moment(last) - last)
         return self.level + self.slope * (coming + left)
 
-    def see(self, entropy: float, noise: float | None) -> None:
-        """Take in a batch's mean entropy, in nats, and its standard error as a share of it."""
+    def see(self, entropy: float, noise: float | None, lag: int) -> None:
+        """Take in a batch: its mean entropy, in nats, the standard error as a share of it, and how
+        many steps old the version is that it was sampled by.
+        """
+        while self.level is not None and len(self.ahead) > lag:
+            self._pass(self.ahead.pop(0))
         value = math.log(entropy)
         noise = _NOISE if noise is None else max(_WIDE * noise, _QUIET)
         if self.level is None or self.doubt is None:
@@ -83,24 +89,23 @@ class Course(msgspec.Struct, kw_only=True):
             self.doubt = np.diag([noise**2, 0.0, 0.0, 0.0]).tolist()
             return
         doubt = np.array(self.doubt)
-        by = doubt[:, 0] / (doubt[0, 0] + noise**2)
-        off = value - self.level
-        self.level += float(by[0] * off)
-        self.slope = float(min(max(self.slope + by[2] * off, SLOPE * _BAND[0]), SLOPE * _BAND[1]))
-        self.drift = _within(self.drift + float(by[1] * off), _MOST * self.slope)
-        self.trend += float(by[3] * off)
+        self.off, self.square = value - self.level, float(doubt[0, 0]) + noise**2
+        by = doubt[:, 0] / self.square
+        level, drift, slope, trend = (float(moves) for moves in by * self.off)
+        self.level += level
+        self.slope = min(max(self.slope + slope, SLOPE * _BAND[0]), SLOPE * _BAND[1])
+        self.drift = _within(self.drift + drift, _MOST * self.slope)
+        self.trend += trend
         self.doubt = (doubt - np.outer(by, doubt[0])).tolist()
 
-    def step(self, share: float, mass: float, rate: float, beta: float, lag: int) -> None:
-        """Take in a step: its net share, how much of the flows its weights left, its learning rate
-        as a share of the full one, and how many steps it takes until a batch shows it.
+    def step(self, share: float, mass: float, rate: float, beta: float) -> None:
+        """Take in the step that followed: its net share, how much of the flows its weights left,
+        and its learning rate as a share of the full one.
         """
         self.moment = beta * self.moment + (1 - beta) * mass * share
         self.mass = beta * self.mass + (1 - beta) * mass
         self.begun = beta * self.begun + (1 - beta)
         self.ahead.append(rate * self._moment(share))
-        while len(self.ahead) > lag:
-            self._pass(self.ahead.pop(0))
 
     def _moment(self, otherwise: float) -> float:
         return self.moment / self.mass if self.mass else otherwise
@@ -121,6 +126,14 @@ class Course(msgspec.Struct, kw_only=True):
         move = np.array([[1, 1, moment, 0], [0, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 1]])
         new = np.diag(np.square(np.array(_STEP) * self.slope))
         self.doubt = (move @ doubt @ move.T + new).tolist()
+
+
+def _carried(beta: float, begun: float) -> float:
+    """How often the newest moment's distance from rest is yet to come; β / (1 - β) once it is
+    filled. A young one is scaled up, and less so in every later step.
+    """
+    fades = beta ** np.arange(1, 2 + int(20 / (1 - beta)))
+    return float((fades * begun / (1 - fades * (1 - begun))).sum()) if begun else 0.0
 
 
 def _within(value: float, bound: float) -> float:

@@ -12,7 +12,7 @@ sure answers takes entropy away although no distribution need change. To first o
 
 OPEFO's balance makes both cancel: raising tokens weigh 1 + λ, lowering ones 1 - λ, with
 λ = (down - up) / (up + down). Here the sum is not to be 0 but ΔH* = u* · mass, u* the share that a
-controller wants of the flows that are left (the mass: of weights, up (1 + λ) + down (1 - λ)); and
+controller wants of all that is left to move (the mass: up (1 + λ) + down (1 - λ) + pushes); and
 three means supply it, each bounded, weights or price first (`first`), the bonus last:
 
     weights  λ = clip((ΔH* + down - up - price's push) / (up + down), ±lambda_max)
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 _LEFT = 0.2  # mass, as a share of the flows, below which a step is not scaled up to a whole one
 _MOST = 0.9  # share of the flows that is ever wanted
 _LEAK = 0.95  # of the integral, a step, while there is nothing to do
-_FAR = 0.5  # of the logarithm: errors are cut to it, haste overshoots
+_FAR = 0.5  # errors are cut to it, as a logarithm: haste overshoots
 _BEND = 3.0  # a price changes no advantage by more than so many times itself
 
 
@@ -137,8 +137,10 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
     def govern(self, table: Table | None, c: Tensor | None, state: State) -> Governed:
         assert table is not None
         assert c is not None
+        state = self.initial() | state
         change = finite(self, "dH", c * (table.S - table.N), table.main, table)
-        entropy = _mean(table.H, table)
+        before = table.H if table.H0 is None else table.H0  # the step, whichever update this is
+        entropy = _mean(before, table)
         target = self.target_at(table.when[1]) * self._unit(state, entropy)
         numbers = {"target": target, "error": target - entropy}
         if self.preset == "opefo":
@@ -148,7 +150,7 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         flows = _flows(change + led)
         numbers |= {"up": flows.up, "down": flows.down, "paths": float(led.double().sum())}
         numbers["lag"] = _mean(table.lag.float(), table)
-        noise = _noise(table, entropy)
+        noise = _noise(table, before, entropy)
         if noise is not None:
             numbers["noise"] = noise
         numbers |= {"lambda": 0.0, "saturated": 0.0, "active": 0.0}
@@ -156,7 +158,7 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
             return Governed(numbers=numbers)
         numbers |= {"mass": 1.0, "share": (flows.up - flows.down) / flows.both}
         course = Course.of(state["course"])
-        course.see(entropy, noise)
+        course.see(entropy, noise, round(numbers["lag"]))
         heading, rest = course.heading(state["beta"]), course.rest(state["beta"])
         numbers |= {"heading": math.exp(heading), "slope": course.slope, "rest": rest}
         error = math.log(target) - heading
@@ -164,7 +166,7 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
             return self._spread(Governed(numbers=numbers), table, at)
         near = min(max(error, -_FAR), _FAR)
         share = rest + (self.p_gain * near + state["integral"]) / course.slope
-        numbers["wanted"] = min(max(share, -_MOST), _MOST)
+        numbers |= {"asked": share, "wanted": min(max(share, -_MOST), _MOST)}
         return self._spread(self._answer(table, c, ahead, flows, numbers), table, at)
 
     def target_at(self, step: int) -> float:
@@ -214,13 +216,13 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         found = self._supply(
             short, (1 - wanted) * by_price, flows.both - wanted * net, (1 - wanted) * by_bonus
         )
-        supplied = abs(found.left) <= 1e-6 * flows.both
+        missing = found.left if abs(found.left) > 1e-6 * flows.both else numbers["asked"] - wanted
         push = found.price * by_price + found.bonus * by_bonus
         numbers |= {
             "price": found.price,
             "lambda": found.tilt,
             "push": push,
-            "saturated": 0.0 if supplied else math.copysign(1.0, found.left),
+            "saturated": math.copysign(1.0, missing) if missing else 0.0,
             "active": 1.0,
         }
         mass = flows.both + found.tilt * net + push
@@ -228,12 +230,12 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         even = max(mass / flows.both, _LEFT)
         numbers |= {"mass": mass / flows.both / even, "share": net / mass if mass > 0 else 0.0}
         weight = None
-        if found.price or found.tilt:
+        if found.price or found.tilt or even != 1:
             bend = (found.price * ahead / table.advantage).masked_fill(~moves, 0.0)
             tilt = found.tilt * flows.change.sign()
             weight = (1 + tilt + bend.clamp(-_BEND, _BEND)) / even
             weight = weight.masked_fill(~table.main, 1.0).float()
-        return Governed(weight, found.bonus, numbers=numbers)
+        return Governed(weight, found.bonus / even, numbers=numbers)
 
     def _supply(self, short: float, by_price: float, by_weights: float, by_bonus: float) -> Answer:
         """`by_…`: what 1 of each adds to what is short."""
@@ -266,15 +268,17 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         }
 
     def observe(self, state: State, facts: Mapping[str, float]) -> State:
+        state = self.initial() | state
         entropy, own = known(self, facts, "entropy"), _own(facts)
-        start = entropy if state["start"] is None else state["start"]
-        self._check_reachable(start, facts["max_entropy"])
+        start = state["start"]
+        if start is None and entropy > 0:  # a batch may have nothing to train on
+            start = entropy
+        self._check_reachable(start or 0.0, facts["max_entropy"])
         beta = facts["momentum"] ** facts["updates"]
         course = Course.of(state["course"])
         if "share" in own:  # else there was nothing to learn from
-            course.see(entropy, own.get("noise"))
-            rate = facts["lr"] / facts["lr_full"]
-            course.step(own["share"], own["mass"], rate, beta, round(own["lag"]))
+            course.see(entropy, own.get("noise"), round(own["lag"]))
+            course.step(own["share"], own["mass"], facts["lr"] / facts["lr_full"], beta)
         return {
             "start": start,
             "beta": beta,
@@ -318,13 +322,13 @@ def _mean(values: Tensor, table: Table) -> float:
     return float(chosen.mean()) if len(chosen) else 0.0
 
 
-def _noise(table: Table, entropy: float) -> float | None:
+def _noise(table: Table, H: Tensor, entropy: float) -> float | None:
     """Standard error of the mean entropy as a share of it, from what its groups have; None of less
     than two groups: answers to one prompt say nothing of others.
     """
     import torch
 
-    group, H = table.group[table.main], table.H[table.main].double()
+    group, H = table.group[table.main], H[table.main].double()
     there = torch.bincount(group) > 0
     n = int(there.sum())
     if n < 2 or entropy <= 0:
