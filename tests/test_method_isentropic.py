@@ -349,6 +349,33 @@ def test_what_is_wanted_rests_the_entropy_and_closes_a_share_of_the_error_ahead(
         assert rises - falls == pytest.approx(share * (rises + falls), rel=1e-4)
 
 
+def test_more_than_any_answer_could_give_counts_as_saturated() -> None:
+    t = random_table(group=torch.zeros(400))
+    knobs: dict[str, Any] = {"mode": "hold", "lambda_max": 1.0, "price_max": 1e9}
+    found = answer(holding(2 * entropy(t), p_gain=1.0, **knobs), t).numbers
+    assert (found["wanted"], found["saturated"]) == (0.9, 1.0)
+    assert found["share"] == pytest.approx(0.9)
+    assert answer(holding(2 * entropy(t), p_gain=0.1, **knobs), t).numbers["saturated"] == 0.0
+
+
+def test_every_update_of_a_batch_answers_the_entropy_before_the_first() -> None:
+    t = random_table()
+    method = holding(1.0, mode="hold")
+    first, second = answer(method, t), answer(method, replace(t, H=0.5 * t.H, H0=t.H))
+    for name in ("error", "noise", "heading"):
+        assert second.numbers[name] == first.numbers[name], name
+
+
+def test_a_first_batch_without_tokens_is_no_start() -> None:
+    method = Isentropic(target=0.5)
+    nothing = {"methods/isentropic/" + k: 0.0 for k in ("target", "error", "saturated", "active")}
+    nothing |= {"entropy": 0.0, "lr": 0.1, "lr_full": 0.1, "momentum": 0.9, "updates": 1.0}
+    state = method.observe(method.initial(), nothing | {"max_entropy": 9.0})
+    assert state["start"] is None
+    t = random_table()
+    assert answer(method, t, state).numbers["target"] == pytest.approx(0.5 * entropy(t))
+
+
 def test_the_noise_of_a_batch_is_that_of_the_mean_over_its_groups() -> None:
     t = random_table()
     found = answer(holding(1.0, mode="hold"), t).numbers
