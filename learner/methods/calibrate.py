@@ -35,10 +35,9 @@ _BAND = (0.05, 3.0)  # bounds of the slope, in guesses
 _NOISE = 0.1  # of a batch's entropy, as a share of it, where less than two groups tell it
 _WIDE = 1.2  # what groups tell of it is times this: a few rich answers hold most of it
 _QUIET = 0.02  # … and at least: groups that agree by chance are no proof
-# Standard deviations of what is not foreseen, in slopes: in a step, and before the first. SLOPE
-# and _WIDE are where recorded runs of the demo are most likely (scripts/likelihood). Drift and
-# trend are livelier than there by 2 and 4, for 0.03 nats a batch: late costs more than noisy.
-_STEP = (0.05, 0.04, 0.01, 0.004)  # of level, drift, slope, trend
+# Standard deviations of what is not foreseen, in slopes: in a step, and before the first. Those of
+# a step, SLOPE and _WIDE are where recorded runs of the demo are most likely (scripts/likelihood).
+_STEP = (0.05, 0.02, 0.01, 0.001)  # of level, drift, slope, trend
 _FIRST = (0.25, 0.5, 0.005)  # of drift, slope, trend
 _MOST = 0.9  # bound of the drift, in slopes: what no answer could hold is no drift
 
@@ -76,6 +75,14 @@ class Course(msgspec.Struct, kw_only=True):
         last = rest + turn * (len(self.ahead) - 1)  # when the newest moment shows
         left = _carried(beta, self.begun) * (self._moment(last) - last)
         return self.level + self.slope * (coming + left)
+
+    def lead(self, beta: float) -> float:
+        """What the trend adds to the level while one answer comes in and the next is found.
+
+        A trend is believed late. Judged without it the entropy hung a tenth above its target for
+        half a run in which the drift rose.
+        """
+        return self.trend * beta / (1 - beta) * (1 + 1 / (1 - beta))
 
     def see(self, entropy: float, noise: float | None, lag: int) -> None:
         """Take in a batch: its mean entropy, in nats, the standard error as a share of it, and how

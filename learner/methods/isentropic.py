@@ -161,7 +161,7 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         course.see(entropy, noise, round(numbers["lag"]))
         heading, rest = course.heading(state["beta"]), course.rest(state["beta"])
         numbers |= {"heading": math.exp(heading), "slope": course.slope, "rest": rest}
-        error = math.log(target) - heading
+        error = math.log(target) - heading - course.lead(state["beta"])
         if self._is_idle(error):
             return self._spread(Governed(numbers=numbers), table, at)
         near = min(max(error, -_FAR), _FAR)
