@@ -37,7 +37,7 @@ _WIDE = 1.2  # what groups tell of it is times this: a few rich answers hold mos
 _QUIET = 0.02  # … and at least: groups that agree by chance are no proof
 # Standard deviations of what is not foreseen, in slopes: in a step, and before the first. Those of
 # a step, SLOPE and _WIDE are where recorded runs of the demo are most likely (scripts/likelihood).
-_STEP = (0.05, 0.03, 0.01, 0.001)  # of level, drift, slope, trend
+_STEP = (0.05, 0.02, 0.01, 0.001)  # of level, drift, slope, trend
 _FIRST = (0.25, 0.5, 0.005)  # of drift, slope, trend
 _MOST = 0.9  # bound of the drift, in slopes: what no answer could hold is no drift
 
