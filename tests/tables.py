@@ -114,3 +114,22 @@ def random_table(
     }
     logp, lp = now.gather(1, token).squeeze(1), before.gather(1, token).squeeze(1)
     return make_table(logp, advantage, lp=lp, H=H, N=N, dtype=dtype, **{**own, **columns})
+
+
+def four_answers() -> Table:
+    """One group; two answers part at the third token, one at the second, one at the first."""
+    rows = [[1, 2, 3], [1, 2, 4], [1, 9, 3, 3], [5]]
+    flat = [(r, i, t) for r, row in enumerate(rows) for i, t in enumerate(row)]
+    row, position, token = (torch.tensor(column) for column in zip(*flat, strict=True))
+    H = torch.tensor([1.0, 0, 0, 1, 0, 2, 1, 0, 4, 0, 1])
+    columns: dict[str, Any] = {"row": row, "rollout": row, "position": position, "token": token}
+    return make_table(-H, [1, 1, 1, -1, -1, -1, 1, 1, 1, 1, -1], H=H, group=0, ticket=0, **columns)
+
+
+def two_answers() -> Table:
+    """One group: the second answer leaves the first, which is right, at its second token."""
+    flat = [(0, 0, 1), (0, 1, 2), (0, 2, 3), (1, 0, 1), (1, 1, 9), (1, 2, 4), (1, 3, 4)]
+    row, position, token = (torch.tensor(column) for column in zip(*flat, strict=True))
+    columns: dict[str, Any] = {"row": row, "rollout": row, "position": position, "token": token}
+    H = torch.tensor([0.3, 0.2, 0.1, 0.3, 0.2, 1, 1])
+    return make_table(-H, [1, 1, 1, -1, -1, -1, -1], H=H, group=0, ticket=0, **columns)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from learner.methods.calibrate import SLOPE, Course
+from learner.methods.calibrate import SLOPE, Filter
 
 START = 0.2  # nats
 
@@ -27,11 +27,11 @@ def follow(
     beta: float = 0.9,
     lags: Sequence[int] = (2,),
     noise: float = 0.0,
-) -> tuple[list[float], Course]:
+) -> tuple[list[float], Filter]:
     """The logarithms of a plant's entropies, and what has been made of them when the batch after
     the last step is seen. `lags`: of the batches, again and again.
     """
-    course, entropies, moment, begun = Course(), [math.log(START)], 0.0, 0.0
+    course, entropies, moment, begun = Filter(), [math.log(START)], 0.0, 0.0
     rng = torch.Generator().manual_seed(0)
     for t, share in enumerate([*shares, None]):
         lag = lags[t % len(lags)]
@@ -87,7 +87,7 @@ def test_a_drift_shows_through_noise_and_steps_that_answer_it() -> None:
 
 
 def test_noise_of_the_measured_entropy_is_no_drift() -> None:
-    course, drifts = Course(), []
+    course, drifts = Filter(), []
     rng = torch.Generator().manual_seed(0)
     for noise in (0.3 * torch.randn(400, generator=rng)).tolist():
         course.see(0.05 * math.exp(noise), 0.3, 0)
@@ -99,7 +99,7 @@ def test_noise_of_the_measured_entropy_is_no_drift() -> None:
 def test_noisy_batches_move_the_estimate_less() -> None:
     moved = []
     for noise in (0.02, 0.3):
-        course = Course()
+        course = Filter()
         course.see(START, 0.1, 0)
         course.see(2 * START, noise, 0)
         assert course.level is not None
@@ -117,7 +117,7 @@ def test_the_slope_stays_positive_and_moves_only_when_predictions_vary() -> None
 
 
 def test_a_warm_up_step_is_worth_its_share_of_the_rate() -> None:
-    whole, half = Course(), Course()
+    whole, half = Filter(), Filter()
     for course, rate in ((whole, 1.0), (half, 0.5)):
         course.see(START, 0.05, 0)
         course.step(-0.8, 1.0, rate, 0.9)
@@ -129,7 +129,7 @@ def test_a_warm_up_step_is_worth_its_share_of_the_rate() -> None:
 
 
 def test_a_lag_that_shrinks_shows_the_steps_that_it_held_back() -> None:
-    course = Course()
+    course = Filter()
     course.see(START, 0.05, 0)
     for _ in range(3):
         course.step(-0.5, 1.0, 1.0, 0.0)
@@ -143,7 +143,7 @@ def test_a_lag_that_shrinks_shows_the_steps_that_it_held_back() -> None:
 
 def test_its_state_is_plain_and_goes_on_the_same() -> None:
     course = follow(shares(20), noise=0.1)[1]
-    again = Course.of(course.state())
+    again = Filter.of(course.state())
     for one in (course, again):
         one.see(0.1, 0.1, 2)
         one.step(0.2, 1.0, 1.0, 0.9)
@@ -151,7 +151,7 @@ def test_its_state_is_plain_and_goes_on_the_same() -> None:
 
 
 def test_a_drift_that_moves_on_is_answered_where_it_will_be() -> None:
-    course, level = Course(), math.log(START)
+    course, level = Filter(), math.log(START)
     for t in range(60):
         course.see(math.exp(level), 0.03, 2)
         course.step(-0.3, 1.0, 1.0, 0.9)
@@ -178,5 +178,5 @@ def test_the_script_finds_the_constants_that_foretell_a_recorded_run_best(tmp_pa
     nats = {name: found[0] for name, found in json.loads(done.stdout).items()}
     best = nats["as they are"]
     assert best > nats["without momentum"] + 0.1
-    for other in ("_WIDE x 2", "_WIDE x 0.5", "SLOPE x 0.5", "level of a step x 2"):
+    for other in ("WIDE x 2", "WIDE x 0.5", "SLOPE x 0.5", "level of a step x 2"):
         assert best > nats[other], other

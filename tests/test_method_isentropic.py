@@ -18,16 +18,16 @@ from learner import checkpoint
 from learner.config import LearnerConfig
 from learner.methods.adaptive_entropy import AdaptiveEntropy
 from learner.methods.base import Governed, State
-from learner.methods.calibrate import Course
+from learner.methods.calibrate import Filter
 from learner.methods.isentropic import Isentropic
-from learner.methods.prefixes import entropy_ahead, lost, prefixes
+from learner.methods.prefixes import entropy_ahead, prefixes
 from learner.methods.steer import Steer
 from learner.model import Policy
 from learner.state import state_of
 from learner.step import train_step
 from learner.table import Table
 from tests.builders import tiny_model
-from tests.tables import GOLDEN, golden, make_table, random_table
+from tests.tables import GOLDEN, four_answers, golden, make_table, random_table, two_answers
 from tests.test_methods import bits, train
 from tests.test_step import a_batch
 from tests.toy import Bandit
@@ -162,52 +162,6 @@ def test_the_sampled_token_estimates_what_a_bonus_does_without_bias() -> None:
 # ---- where choices lead -------------------------------------------------------------------------
 
 
-def four_answers() -> Table:
-    """One group; two answers part at the third token, one at the second, one at the first."""
-    rows = [[1, 2, 3], [1, 2, 4], [1, 9, 3, 3], [5]]
-    flat = [(r, i, t) for r, row in enumerate(rows) for i, t in enumerate(row)]
-    row, position, token = (torch.tensor(column) for column in zip(*flat, strict=True))
-    H = torch.tensor([1.0, 0, 0, 1, 0, 2, 1, 0, 4, 0, 1])
-    columns: dict[str, Any] = {"row": row, "rollout": row, "position": position, "token": token}
-    return make_table(-H, [1, 1, 1, -1, -1, -1, 1, 1, 1, 1, -1], H=H, group=0, ticket=0, **columns)
-
-
-def test_answers_share_the_prefixes_up_to_where_they_part() -> None:
-    at = prefixes(four_answers()).tolist()
-    first, second, third, alone = at[0], at[1], at[2], at[8:10]
-    assert at == [first, second, third, first, second, third, first, second, *alone, first]
-    assert len({first, second, third, *alone}) == 5
-    two = replace(four_answers(), group=torch.tensor([0] * 6 + [1] * 5))
-    assert prefixes(two)[0] != prefixes(two)[6]
-
-
-def test_a_choice_is_worth_the_entropy_that_follows_above_the_mean_and_the_others() -> None:
-    t = four_answers()
-    h = float(t.H.mean())
-    led = torch.tensor([0 - 2 * h, 2 - 2 * h, 4 - 3 * h, 0.0]).double()  # of the first tokens
-    ahead = entropy_ahead(t, prefixes(t))
-    assert torch.allclose(ahead[[0, 3, 6, 10]], led - led.mean())
-    led = torch.tensor([-h, 2 - h, 4 - 2 * h]).double()  # of the second ones
-    assert torch.allclose(ahead[[1, 4, 7]], led - led.mean())
-    assert ahead[[2, 5]].tolist() == [0, 0]  # both end here
-    assert ahead[[8, 9]].tolist() == [0, 0]  # alone at their prefixes
-
-
-def test_what_follows_is_the_derivative_of_the_mean_entropy_by_a_choice() -> None:
-    t, tiny = four_answers(), 1e-6
-    share = torch.ones(4, dtype=torch.float64)
-    share[0] += tiny  # answer 0 is a little more frequent
-    share = share / share.mean()
-
-    def mean_entropy(weight: Tensor) -> Tensor:
-        each = weight[t.row]
-        return (each * t.H.double()).sum() / each.sum()
-
-    moved = (mean_entropy(share) - mean_entropy(torch.ones(4).double())) / tiny
-    whole = entropy_ahead(t, prefixes(t))[0] / len(t.H)
-    assert float(moved) == pytest.approx(float(whole), abs=1e-5)
-
-
 def test_a_price_favours_the_choices_that_lead_to_more_entropy() -> None:
     t = four_answers()
     t = replace(t, push=t.advantage * 1.0)
@@ -221,24 +175,6 @@ def test_a_price_favours_the_choices_that_lead_to_more_entropy() -> None:
 
 
 # ---- what is spread where there is nothing to lose ----------------------------------------------
-
-
-def two_answers() -> Table:
-    """One group: the second answer leaves the first, which is right, at its second token."""
-    flat = [(0, 0, 1), (0, 1, 2), (0, 2, 3), (1, 0, 1), (1, 1, 9), (1, 2, 4), (1, 3, 4)]
-    row, position, token = (torch.tensor(column) for column in zip(*flat, strict=True))
-    columns: dict[str, Any] = {"row": row, "rollout": row, "position": position, "token": token}
-    H = torch.tensor([0.3, 0.2, 0.1, 0.3, 0.2, 1, 1])
-    return make_table(-H, [1, 1, 1, -1, -1, -1, -1], H=H, group=0, ticket=0, **columns)
-
-
-def test_tokens_are_lost_once_no_answer_that_came_this_far_is_right() -> None:
-    t = two_answers()
-    assert lost(t, prefixes(t)).tolist() == [False] * 5 + [True] * 2
-    masked = replace(t, mask=torch.arange(7) != 5)
-    assert lost(masked, prefixes(masked)).tolist() == [False] * 6 + [True]
-    alike = replace(t, advantage=torch.zeros(7))  # all right, or all wrong: nobody knows
-    assert not lost(alike, prefixes(alike)).any()
 
 
 def test_entropy_moves_from_right_answers_to_lost_tokens() -> None:
@@ -336,9 +272,9 @@ def test_what_is_wanted_rests_the_entropy_and_closes_a_share_of_the_error_ahead(
     up, down = float(c.clamp(min=0).sum()), -float(c.clamp(max=0).sum())
     method = holding(1.1 * H, mode="hold", lambda_max=1.0, first="weights", p_gain=0.1)
     for moment in (0.0, -0.2):  # what the optimizer still carries
-        course = Course(slope=0.3, drift=-0.03, moment=0.5 * moment, mass=0.5, begun=1.0)
+        course = Filter(slope=0.3, drift=-0.03, moment=0.5 * moment, mass=0.5, begun=1.0)
         course.see(H, 0.02, 0)
-        state = method.initial() | {"course": course.state(), "beta": 0.9, "integral": 0.002}
+        state = method.initial() | {"filter": course.state(), "beta": 0.9, "integral": 0.002}
         found = answer(method, t, state).numbers
         coming = 9 * 0.3 * (moment - 0.1)
         share = 0.1 + (0.1 * max(min(math.log(1.1) - coming, 0.5), -0.5) + 0.002) / 0.3
@@ -460,7 +396,7 @@ def test_its_state_is_checkpointed_and_goes_on_to_the_same_bits(tmp_path: Path) 
         train_step(first, a_batch(seed), config)
     checkpoint.save(tmp_path / "c", first, b"")
     checkpoint.load(tmp_path / "c", second)
-    assert second.methods_state["isentropic"]["course"]["level"] is not None
+    assert second.methods_state["isentropic"]["filter"]["level"] is not None
     for seed in range(3, 6):
         train_step(second, a_batch(seed), config)
     assert second.methods_state == whole.methods_state

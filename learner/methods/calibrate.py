@@ -33,16 +33,16 @@ import numpy as np
 SLOPE = 0.2  # the guess: all flows together move the entropy by so much of itself in a step
 _BAND = (0.05, 3.0)  # bounds of the slope, in guesses
 _NOISE = 0.1  # of a batch's entropy, as a share of it, where less than two groups tell it
-_WIDE = 1.2  # what groups tell of it is times this: a few rich answers hold most of it
+WIDE = 1.2  # what groups tell of it is times this: a few rich answers hold most of it
 _QUIET = 0.02  # … and at least: groups that agree by chance are no proof
 # Standard deviations of what is not foreseen, in slopes: in a step, and before the first. Those of
-# a step, SLOPE and _WIDE are where recorded runs of the demo are most likely (scripts/likelihood).
-_STEP = (0.05, 0.02, 0.01, 0.001)  # of level, drift, slope, trend
+# a step, SLOPE and WIDE are near where recorded runs of the demo are likeliest: scripts/likelihood.
+STEP = (0.05, 0.02, 0.01, 0.001)  # of level, drift, slope, trend
 _FIRST = (0.25, 0.5, 0.005)  # of drift, slope, trend
 _MOST = 0.9  # bound of the drift, in slopes: what no answer could hold is no drift
 
 
-class Course(msgspec.Struct, kw_only=True):
+class Filter(msgspec.Struct, kw_only=True):
     level: float | None = None  # ln nats, at the last step that a batch shows
     drift: float = 0.0  # a step
     slope: float = SLOPE
@@ -91,7 +91,7 @@ class Course(msgspec.Struct, kw_only=True):
         while self.level is not None and len(self.ahead) > lag:
             self._pass(self.ahead.pop(0))
         value = math.log(entropy)
-        noise = _NOISE if noise is None else max(_WIDE * noise, _QUIET)
+        noise = _NOISE if noise is None else max(WIDE * noise, _QUIET)
         if self.level is None or self.doubt is None:
             self.level = value
             self.doubt = np.diag([noise**2, 0.0, 0.0, 0.0]).tolist()
@@ -132,7 +132,7 @@ class Course(msgspec.Struct, kw_only=True):
         self.level += self.slope * moment + self.drift
         self.drift = _within(self.drift + self.trend, _MOST * self.slope)
         move = np.array([[1, 1, moment, 0], [0, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 1]])
-        new = np.diag(np.square(np.array(_STEP) * self.slope))
+        new = np.diag(np.square(np.array(STEP) * self.slope))
         self.doubt = (move @ doubt @ move.T + new).tolist()
 
 

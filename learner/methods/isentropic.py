@@ -49,7 +49,7 @@ import msgspec
 from common.config import NaturalInt, NotNegative, Positive, need
 from common.errors import ConfigError
 from learner.methods.base import Governed, Method, State, finite, known, refuse_above
-from learner.methods.calibrate import Course
+from learner.methods.calibrate import Filter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -157,7 +157,7 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         if flows.both == 0 or entropy <= 0:
             return Governed(numbers=numbers)
         numbers |= {"mass": 1.0, "share": (flows.up - flows.down) / flows.both}
-        course = Course.of(state["course"])
+        course = Filter.of(state["filter"])
         course.see(entropy, noise, round(numbers["lag"]))
         heading, rest = course.heading(state["beta"]), course.rest(state["beta"])
         numbers |= {"heading": math.exp(heading), "slope": course.slope, "rest": rest}
@@ -262,7 +262,7 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         return {
             "start": None,  # entropy before the first step
             "beta": 0.0,  # of the optimizer's first moment, over a step
-            "course": Course().state(),
+            "filter": Filter().state(),
             "target": None,
             "integral": 0.0,
         }
@@ -275,14 +275,14 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
             start = entropy
         self._check_reachable(start or 0.0, facts["max_entropy"])
         beta = facts["momentum"] ** facts["updates"]
-        course = Course.of(state["course"])
+        course = Filter.of(state["filter"])
         if "share" in own:  # else there was nothing to learn from
             course.see(entropy, own.get("noise"), round(own["lag"]))
             course.step(own["share"], own["mass"], facts["lr"] / facts["lr_full"], beta)
         return {
             "start": start,
             "beta": beta,
-            "course": course.state(),
+            "filter": course.state(),
             "target": own["target"],
             "integral": self._integrate(state, own),
         }
