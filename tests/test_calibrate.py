@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from learner.methods.calibrate import SLOPE, Filter
+from learner.methods.calibrate import LIFT, SLOPE, Filter
 
 START = 0.2  # nats
+RIGHT = 0.4  # share of the answers, at the start …
+ODDS = math.log(RIGHT / (1 - RIGHT))  # … and their log-odds
 
 
 def follow(
@@ -23,24 +25,27 @@ def follow(
     *,
     slope: float = SLOPE,
     drift: float = 0.0,
-    trend: float = 0.0,
+    climb: float = 0.0,
+    lift: float = LIFT,
     beta: float = 0.9,
     lags: Sequence[int] = (2,),
     noise: float = 0.0,
 ) -> tuple[list[float], Filter]:
     """The logarithms of a plant's entropies, and what has been made of them when the batch after
-    the last step is seen. `lags`: of the batches, again and again.
+    the last step is seen. `lags`: of the batches, again and again. `climb`: of the log-odds of right answers, a step.
     """
     course, entropies, moment, begun = Filter(), [math.log(START)], 0.0, 0.0
     rng = torch.Generator().manual_seed(0)
     for t, share in enumerate([*shares, None]):
         lag = lags[t % len(lags)]
         seen = entropies[max(0, t - lag)] + noise * float(torch.randn((), generator=rng))
-        course.see(math.exp(seen), noise or None, lag)
+        right = 1 / (1 + math.exp(-ODDS - climb * max(0, t - lag)))
+        course.see(math.exp(seen), noise or None, lag, right)
         if share is not None:
             course.step(share, 1.0, 1.0, beta)
             moment, begun = beta * moment + (1 - beta) * share, beta * begun + (1 - beta)
-            entropies.append(entropies[-1] + slope * moment / begun + drift + trend * t)
+            by_itself = drift + slope * lift * climb * t
+            entropies.append(entropies[-1] + slope * moment / begun + by_itself)
     return entropies, course
 
 
@@ -58,16 +63,17 @@ def test_a_plant_as_guessed_is_followed_without_a_surprise(lags: tuple[int, ...]
 
 @pytest.mark.parametrize("beta", [0.0, 0.9])
 @pytest.mark.parametrize("lag", [0, 3])
-@pytest.mark.parametrize(("trend", "steps"), [(0.0, 1), (0.0, 4), (0.0, 80), (0.001, 80)])
+@pytest.mark.parametrize(("climb", "steps"), [(0.0, 1), (0.0, 4), (0.0, 80), (0.01, 80)])
 def test_the_heading_is_where_the_entropy_ends_when_every_later_step_rests(
-    beta: float, lag: int, trend: float, steps: int
+    beta: float, lag: int, climb: float, steps: int
 ) -> None:
-    own: dict[str, Any] = {"beta": beta, "lags": (lag,), "drift": 0.02, "trend": trend}
+    own: dict[str, Any] = {"beta": beta, "lags": (lag,), "drift": 0.02, "climb": climb}
     first = [-0.8] * steps
     course = follow(first, **own)[1]
-    course.drift, course.slope, course.trend = 0.02 + trend * (steps - lag), SLOPE, trend
+    course.drift, course.slope, course.lift, course.climb = 0.02, SLOPE, LIFT, climb
+    course.right = ODDS + climb * (steps - lag)
     ahead = beta / (1 - beta)
-    rests = [-(0.02 + trend * (steps + j + ahead)) / SLOPE for j in range(200)]
+    rests = [-0.02 / SLOPE - LIFT * climb * (steps + j + ahead) for j in range(200)]
     assert course.rest(beta) == pytest.approx(rests[0])
     ends = follow(first + rests, **own)[0]
     assert course.level is not None
@@ -90,7 +96,7 @@ def test_noise_of_the_measured_entropy_is_no_drift() -> None:
     course, drifts = Filter(), []
     rng = torch.Generator().manual_seed(0)
     for noise in (0.3 * torch.randn(400, generator=rng)).tolist():
-        course.see(0.05 * math.exp(noise), 0.3, 0)
+        course.see(0.05 * math.exp(noise), 0.3, 0, RIGHT)
         course.step(0.0, 1.0, 1.0, 0.9)
         drifts.append(course.drift)
     assert abs(sum(drifts) / len(drifts)) < 0.01, "the mean of the ratios is 1.09"
@@ -100,8 +106,8 @@ def test_noisy_batches_move_the_estimate_less() -> None:
     moved = []
     for noise in (0.02, 0.3):
         course = Filter()
-        course.see(START, 0.1, 0)
-        course.see(2 * START, noise, 0)
+        course.see(START, 0.1, 0, RIGHT)
+        course.see(2 * START, noise, 0, RIGHT)
         assert course.level is not None
         moved.append(course.level - math.log(START))
     assert 0 < moved[1] < moved[0] < math.log(2)
@@ -119,9 +125,9 @@ def test_the_slope_stays_positive_and_moves_only_when_predictions_vary() -> None
 def test_a_warm_up_step_is_worth_its_share_of_the_rate() -> None:
     whole, half = Filter(), Filter()
     for course, rate in ((whole, 1.0), (half, 0.5)):
-        course.see(START, 0.05, 0)
+        course.see(START, 0.05, 0, RIGHT)
         course.step(-0.8, 1.0, rate, 0.9)
-        course.see(START, 1e6, 0)
+        course.see(START, 1e6, 0, RIGHT)
     assert whole.level is not None
     assert half.level is not None
     falls = [course - math.log(START) for course in (whole.level, half.level)]
@@ -130,13 +136,13 @@ def test_a_warm_up_step_is_worth_its_share_of_the_rate() -> None:
 
 def test_a_lag_that_shrinks_shows_the_steps_that_it_held_back() -> None:
     course = Filter()
-    course.see(START, 0.05, 0)
+    course.see(START, 0.05, 0, RIGHT)
     for _ in range(3):
         course.step(-0.5, 1.0, 1.0, 0.0)
-        course.see(START, 1e6, 3)
+        course.see(START, 1e6, 3, RIGHT)
     assert (course.level, len(course.ahead)) == (pytest.approx(math.log(START)), 3)
     course.step(-0.5, 1.0, 1.0, 0.0)
-    course.see(START, 1e6, 1)  # a batch that says nothing of its own
+    course.see(START, 1e6, 1, RIGHT)  # a batch that says nothing of its own
     assert len(course.ahead) == 1
     assert course.level == pytest.approx(math.log(START) - 3 * 0.5 * SLOPE)
 
@@ -145,20 +151,35 @@ def test_its_state_is_plain_and_goes_on_the_same() -> None:
     course = follow(shares(20), noise=0.1)[1]
     again = Filter.of(course.state())
     for one in (course, again):
-        one.see(0.1, 0.1, 2)
+        one.see(0.1, 0.1, 2, RIGHT)
         one.step(0.2, 1.0, 1.0, 0.9)
     assert again == course
 
 
-def test_a_drift_that_moves_on_is_answered_where_it_will_be() -> None:
-    course, level = Filter(), math.log(START)
-    for t in range(60):
-        course.see(math.exp(level), 0.03, 2)
-        course.step(-0.3, 1.0, 1.0, 0.9)
-        level += SLOPE * -0.3 + 0.002 * t  # rests at -0.01 t: it is the step's own answer that lags
-    drift, ahead = 0.002 * 59, 2 + 9
-    assert course.rest(0.9) == pytest.approx(-(drift + 0.002 * ahead) / SLOPE, rel=0.1)
-    assert -course.drift / course.slope == pytest.approx(-drift / SLOPE, rel=0.1)
+def test_what_comes_with_right_answers_is_answered_where_it_will_be() -> None:
+    course = follow([-0.3] * 60, climb=0.03, noise=0.03)[1]
+    ahead = 2 + 9
+    assert course.climb == pytest.approx(0.03, rel=0.15)
+    assert course.rest(0.9) == pytest.approx(-LIFT * 0.03 * (58 + ahead), rel=0.15)
+
+
+def test_odds_are_told_of_no_batch_that_is_all_right_or_all_wrong() -> None:
+    course = Filter()
+    for right in (0.0, 1.0):
+        course.see(START, 0.1, 0, right)
+        course.step(0.0, 1.0, 1.0, 0.9)
+        assert course.right is not None
+        assert abs(course.right) < 4
+
+
+def test_where_the_lift_is_not_as_guessed_the_drift_makes_up_for_it() -> None:
+    wrong, right = (
+        follow(shares(200, -0.2), lift=lift, climb=0.01, noise=0.02)[1] for lift in (LIFT / 2, LIFT)
+    )
+    assert wrong.lift < right.lift
+    assert right.lift == pytest.approx(LIFT, rel=0.15)
+    for course, lift in ((wrong, LIFT / 2), (right, LIFT)):
+        assert course.rest(0.9) == pytest.approx(-lift * 0.01 * (200 + 9), abs=0.15)
 
 
 def test_the_script_finds_the_constants_that_foretell_a_recorded_run_best(tmp_path: Path) -> None:
@@ -168,7 +189,7 @@ def test_the_script_finds_the_constants_that_foretell_a_recorded_run_best(tmp_pa
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for t, share in enumerate(moved):
             seen = entropies[max(0, t - 2)] + 0.06 * float(torch.randn((), generator=rng))
-            own = {"noise": 0.05, "share": share, "mass": 1.0, "lag": 2.0}
+            own = {"noise": 0.05, "share": share, "mass": 1.0, "lag": 2.0, "right": RIGHT}
             line = {"step": t + 1, "time": 0.0, "lr": 1e-4, "entropy": math.exp(seen)}
             line |= {f"methods/isentropic/{name}": value for name, value in own.items()}
             file.write(json.dumps(line) + "\n")

@@ -1,20 +1,23 @@
 """Where the entropy is, where it is heading, and what an answer is worth: estimated on line.
 
-With x the logarithm of the mean entropy, and the net share u of a step: what is predicted of it,
-over all flows that its weights leave, -1 if all tokens lowered the entropy and 1 if all raised it,
+With x the logarithm of the mean entropy, the net share u of a step (what is predicted of it, over
+all flows that its weights leave, -1 if all tokens lowered the entropy and 1 if all raised it), and
+r the log-odds that an answer trained on is right,
 
-    x ← x + slope · m + drift           m ← β m + (1 - β) u
+    x ← x + slope · (m + lift · (r - r at the start)) + drift           m ← β m + (1 - β) u
 
 Adam makes a step's size independent of the gradient's, and shared weights rescale what is left, so
 a prediction says little by its size: hence shares, and a slope. The optimizer's first moment
 spreads a step over the next 1 / (1 - β), so most of what was decided last is yet to come; and
 answers sampled by a version that is some steps old do not show yet where later choices lead. Both
-are known, not noise: they are what `heading` adds to the level. Drift is what comes by itself:
-batches that are drawn from harder problems, steps along what noise a balance leaves. It has a trend
-as long as the policy learns, and an answer that shows ten steps later must be that of ten steps
-later.
+are known, not noise: they are what `heading` adds to the level.
 
-A Kalman filter follows level, drift, slope and trend: the regression of what is realised on what
+Lift and drift are what comes by itself: batches that are drawn from harder problems, steps along
+what noise a balance leaves. Most of it goes with what the policy has learned, and that is measured
+better than the entropy is: so r and how fast it climbs tell where the entropy will be when today's
+answer shows. Drift is what they leave.
+
+A Kalman filter follows level, drift, slope and lift: the regression of what is realised on what
 was predicted, with an intercept, a prior and forgetting, that also knows the noise of a batch,
 which is measured from its groups. Beliefs in drift and slope are tied such that steps alike tell
 the drift alone: the slope moves only when predictions vary, and is kept positive. Logarithms
@@ -33,25 +36,32 @@ import numpy as np
 SLOPE = 0.2  # the guess: all flows together move the entropy by so much of itself in a step
 _BAND = (0.05, 3.0)  # bounds of the slope, in guesses
 _NOISE = 0.1  # of a batch's entropy, as a share of it, where less than two groups tell it
-WIDE = 1.2  # what groups tell of it is times this: a few rich answers hold most of it
+WIDE = 1.0  # what groups tell of it is times this
 _QUIET = 0.02  # … and at least: groups that agree by chance are no proof
+LIFT = 0.27  # the guess, in slopes: what a unit of log-odds of right answers adds to a step …
+_RIGHT = (0.3, 0.01)  # … and how fast these odds, and their climb, are believed
+_SURE = 0.02  # share of right or wrong answers below which odds are not told
 # Standard deviations of what is not foreseen, in slopes: in a step, and before the first. Those of
-# a step, SLOPE and WIDE are near where recorded runs of the demo are likeliest: scripts/likelihood.
-STEP = (0.05, 0.02, 0.01, 0.001)  # of level, drift, slope, trend
-_FIRST = (0.25, 0.5, 0.005)  # of drift, slope, trend
-_MOST = 0.9  # bound of the drift, in slopes: what no answer could hold is no drift
+# a step, SLOPE, LIFT and WIDE are near where runs of the demo are likeliest: scripts/likelihood.
+STEP = (0.1, 0.04, 0.01)  # of level, drift, slope
+_FIRST = (0.25, 0.25)  # of drift, slope
+_DOUBT = 0.05  # of the lift, for good
+_MOST = 0.9  # bound of what comes by itself, in slopes: what no answer could hold is no drift
 
 
 class Filter(msgspec.Struct, kw_only=True):
     level: float | None = None  # ln nats, at the last step that a batch shows
     drift: float = 0.0  # a step
     slope: float = SLOPE
-    trend: float = 0.0  # of the drift, a step
+    lift: float = LIFT
+    right: float | None = None  # log-odds of the answers, smoothed …
+    climb: float = 0.0  # … what they gain in a step …
+    began: float = 0.0  # … and where they were at the start
     moment: float = 0.0  # the optimizer's first, of what moves the entropy …
     mass: float = 0.0  # … and of all that moves
     begun: float = 0.0  # how much of it has been filled: Adam scales a young one up
     ahead: list[float] = msgspec.field(default_factory=list)  # moments that no batch shows yet
-    doubt: list[list[float]] | None = None  # covariance of (level, drift, slope, trend)
+    doubt: list[list[float]] | None = None  # covariance of (level, drift, slope, lift)
     off: float = 0.0  # the last batch: what was seen less what was foreseen, in logarithms …
     square: float = 1.0  # … and what the square of it was expected to be
 
@@ -64,30 +74,21 @@ class Filter(msgspec.Struct, kw_only=True):
 
     def rest(self, beta: float) -> float:
         """The net share that will keep the entropy where it is when it shows."""
-        steps = len(self.ahead) + beta / (1 - beta)
-        return -_within((self.drift + self.trend * steps) / self.slope, _MOST)
+        return self._rest(len(self.ahead) + beta / (1 - beta))
 
     def heading(self, beta: float) -> float:
         """ln nats: where the level ends if from now on every step is at rest."""
         assert self.level is not None
-        rest, turn = -self.drift / self.slope, -self.trend / self.slope
-        coming = sum(m - rest - turn * i for i, m in enumerate(self.ahead))
-        last = rest + turn * (len(self.ahead) - 1)  # when the newest moment shows
+        coming = sum(m - self._rest(i) for i, m in enumerate(self.ahead))
+        last = self._rest(len(self.ahead) - 1)  # when the newest moment shows
         left = _carried(beta, self.begun) * (self._moment(last) - last)
         return self.level + self.slope * (coming + left)
 
-    def lead(self, beta: float) -> float:
-        """What the trend adds to the level while one answer comes in and the next is found.
-
-        A trend is believed late. Judged without it the entropy hung a tenth above its target for
-        half a run in which the drift rose.
+    def see(self, entropy: float, noise: float | None, lag: int, right: float) -> None:
+        """Take in a batch: its mean entropy, in nats, the standard error as a share of it, how
+        many steps old the version is that it was sampled by, and what share of it is right.
         """
-        return self.trend * beta / (1 - beta) * (1 + 1 / (1 - beta))
-
-    def see(self, entropy: float, noise: float | None, lag: int) -> None:
-        """Take in a batch: its mean entropy, in nats, the standard error as a share of it, and how
-        many steps old the version is that it was sampled by.
-        """
+        self._learned(right)
         while self.level is not None and len(self.ahead) > lag:
             self._pass(self.ahead.pop(0))
         value = math.log(entropy)
@@ -99,11 +100,11 @@ class Filter(msgspec.Struct, kw_only=True):
         doubt = np.array(self.doubt)
         self.off, self.square = value - self.level, float(doubt[0, 0]) + noise**2
         by = doubt[:, 0] / self.square
-        level, drift, slope, trend = (float(moves) for moves in by * self.off)
+        level, drift, slope, lift = (float(moves) for moves in by * self.off)
         self.level += level
         self.slope = min(max(self.slope + slope, SLOPE * _BAND[0]), SLOPE * _BAND[1])
         self.drift = _within(self.drift + drift, _MOST * self.slope)
-        self.trend += trend
+        self.lift += lift
         self.doubt = (doubt - np.outer(by, doubt[0])).tolist()
 
     def step(self, share: float, mass: float, rate: float, beta: float) -> None:
@@ -118,21 +119,43 @@ class Filter(msgspec.Struct, kw_only=True):
     def _moment(self, otherwise: float) -> float:
         return self.moment / self.mass if self.mass else otherwise
 
+    def _learned(self, right: float) -> None:
+        right = min(max(right, _SURE), 1 - _SURE)
+        odds = math.log(right / (1 - right))
+        if self.right is None:
+            self.right = self.began = odds
+            return
+        self.right += self.climb
+        off = odds - self.right
+        self.right += _RIGHT[0] * off
+        self.climb += _RIGHT[1] * off
+
+    def _more(self, steps: float) -> float:
+        """Log-odds above those of the start, so many steps after the last that shows."""
+        assert self.right is not None
+        return self.right + self.climb * steps - self.began
+
+    def _rest(self, steps: float) -> float:
+        """The share at which the entropy rests then."""
+        return -_within(self.drift / self.slope + self.lift * self._more(steps), _MOST)
+
     def _pass(self, moment: float) -> None:
         """One more step shows."""
         assert self.level is not None
         doubt = np.array(self.doubt)
         if doubt[2, 2] == 0:  # the first: slope and drift are in doubt such that their sum is known
-            drift, slope, trend = np.square(np.array(_FIRST) * self.slope)
+            drift, slope = np.square(np.array(_FIRST) * self.slope)
             doubt[1:, 1:] = [
                 [drift + moment**2 * slope, -moment * slope, 0],
                 [-moment * slope, slope, 0],
-                [0, 0, trend],
+                [0, 0, _DOUBT**2],
             ]
-        self.level += self.slope * moment + self.drift
-        self.drift = _within(self.drift + self.trend, _MOST * self.slope)
-        move = np.array([[1, 1, moment, 0], [0, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 1]])
-        new = np.diag(np.square(np.array(STEP) * self.slope))
+        more = self._more(0)
+        by_itself = _within(self.slope * self.lift * more + self.drift, _MOST * self.slope)
+        self.level += self.slope * moment + by_itself
+        by_slope, by_lift = moment + self.lift * more, self.slope * more
+        move = np.array([[1, 1, by_slope, by_lift], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+        new = np.diag(np.square([*(sigma * self.slope for sigma in STEP), 0.0]))
         self.doubt = (move @ doubt @ move.T + new).tolist()
 
 

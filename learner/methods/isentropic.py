@@ -58,8 +58,9 @@ if TYPE_CHECKING:
 
 _LEFT = 0.2  # mass, as a share of the flows, below which a step is not scaled up to a whole one
 _MOST = 0.9  # share of the flows that is ever wanted
-_LEAK = 0.95  # of the integral, a step, while there is nothing to do
 _FAR = 0.5  # errors are cut to it, as a logarithm: haste overshoots
+_NEAR = 0.2  # the integral adds up no larger ones, as a share of the target …
+_LEAK = 0.95  # … and keeps so much of itself a step
 _BEND = 3.0  # a price changes no advantage by more than so many times itself
 
 
@@ -149,7 +150,7 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         led = (c * -table.logp.exp() * ahead).masked_fill(~table.main, 0.0)
         flows = _flows(change + led)
         numbers |= {"up": flows.up, "down": flows.down, "paths": float(led.double().sum())}
-        numbers["lag"] = _mean(table.lag.float(), table)
+        numbers |= {"lag": _mean(table.lag.float(), table), "right": _right(table)}
         noise = _noise(table, before, entropy)
         if noise is not None:
             numbers["noise"] = noise
@@ -157,11 +158,16 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         if flows.both == 0 or entropy <= 0:
             return Governed(numbers=numbers)
         numbers |= {"mass": 1.0, "share": (flows.up - flows.down) / flows.both}
-        course = Filter.of(state["filter"])
-        course.see(entropy, noise, round(numbers["lag"]))
+        course = Filter.of(state["fit"])
+        course.see(entropy, noise, round(numbers["lag"]), numbers["right"])
         heading, rest = course.heading(state["beta"]), course.rest(state["beta"])
-        numbers |= {"heading": math.exp(heading), "slope": course.slope, "rest": rest}
-        error = math.log(target) - heading - course.lead(state["beta"])
+        numbers |= {
+            "heading": math.exp(heading),
+            "slope": course.slope,
+            "lift": course.lift,
+            "rest": rest,
+        }
+        error = math.log(target) - heading
         if self._is_idle(error):
             return self._spread(Governed(numbers=numbers), table, at)
         near = min(max(error, -_FAR), _FAR)
@@ -262,7 +268,7 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         return {
             "start": None,  # entropy before the first step
             "beta": 0.0,  # of the optimizer's first moment, over a step
-            "filter": Filter().state(),
+            "fit": Filter().state(),
             "target": None,
             "integral": 0.0,
         }
@@ -275,14 +281,14 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
             start = entropy
         self._check_reachable(start or 0.0, facts["max_entropy"])
         beta = facts["momentum"] ** facts["updates"]
-        course = Filter.of(state["filter"])
+        course = Filter.of(state["fit"])
         if "share" in own:  # else there was nothing to learn from
-            course.see(entropy, own.get("noise"), round(own["lag"]))
+            course.see(entropy, own.get("noise"), round(own["lag"]), own["right"])
             course.step(own["share"], own["mass"], facts["lr"] / facts["lr_full"], beta)
         return {
             "start": start,
             "beta": beta,
-            "filter": course.state(),
+            "fit": course.state(),
             "target": own["target"],
             "integral": self._integrate(state, own),
         }
@@ -303,10 +309,9 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         integral, target, error = state["integral"], own["target"], own["error"]
         if state["target"] is not None and state["target"] != target:
             return 0.0
-        if not own.get("active", 0.0):
-            return float(_LEAK * integral)
-        near = abs(error) <= _FAR * target  # on a long way it would only learn to overshoot
-        if near and own["saturated"] * error <= 0:  # saturated: more of it would change nothing
+        integral *= _LEAK  # else what the way to the target added up would keep it away for long
+        near = abs(error) <= _NEAR * target
+        if own.get("active", 0.0) and near and own["saturated"] * error <= 0:
             integral += self.i_gain * error / target
         bound = self.p_gain * _FAR
         return float(min(max(integral, -bound), bound))
@@ -320,6 +325,16 @@ def _own(facts: Mapping[str, float]) -> dict[str, float]:
 def _mean(values: Tensor, table: Table) -> float:
     chosen = values[table.main].double()
     return float(chosen.mean()) if len(chosen) else 0.0
+
+
+def _right(table: Table) -> float:
+    """Share of the answers that did better than their group's mean."""
+    import torch
+
+    answers = table.row[table.main]
+    there = torch.bincount(answers) > 0
+    good = torch.bincount(answers[table.advantage[table.main] > 0], minlength=len(there)) > 0
+    return float(good.sum()) / max(1, int(there.sum()))
 
 
 def _noise(table: Table, H: Tensor, entropy: float) -> float | None:
