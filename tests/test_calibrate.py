@@ -32,7 +32,8 @@ def follow(
     noise: float = 0.0,
 ) -> tuple[list[float], Filter]:
     """The logarithms of a plant's entropies, and what has been made of them when the batch after
-    the last step is seen. `lags`: of the batches, again and again. `climb`: of the log-odds of right answers, a step.
+    the last step is seen. `lags`: of the batches, again and again. `climb`: of the log-odds of
+    right answers, a step.
     """
     course, entropies, moment, begun = Filter(), [math.log(START)], 0.0, 0.0
     rng = torch.Generator().manual_seed(0)
@@ -163,41 +164,68 @@ def test_what_comes_with_right_answers_is_answered_where_it_will_be() -> None:
     assert course.rest(0.9) == pytest.approx(-LIFT * 0.03 * (58 + ahead), rel=0.15)
 
 
-def test_odds_are_told_of_no_batch_that_is_all_right_or_all_wrong() -> None:
-    course = Filter()
-    for right in (0.0, 1.0):
+def test_a_batch_that_is_all_right_or_all_wrong_has_odds() -> None:
+    for right, odds in ((0.0, -3.9), (1.0, 3.9)):
+        course = Filter()
         course.see(START, 0.1, 0, right)
-        course.step(0.0, 1.0, 1.0, 0.9)
-        assert course.right is not None
-        assert abs(course.right) < 4
+        assert course.right == pytest.approx(odds, abs=0.01)
 
 
-def test_where_the_lift_is_not_as_guessed_the_drift_makes_up_for_it() -> None:
-    wrong, right = (
-        follow(shares(200, -0.2), lift=lift, climb=0.01, noise=0.02)[1] for lift in (LIFT / 2, LIFT)
-    )
-    assert wrong.lift < right.lift
-    assert right.lift == pytest.approx(LIFT, rel=0.15)
-    for course, lift in ((wrong, LIFT / 2), (right, LIFT)):
-        assert course.rest(0.9) == pytest.approx(-lift * 0.01 * (200 + 9), abs=0.15)
+@pytest.mark.parametrize("lags", [(2,), (0,), (1, 2)])
+def test_a_climb_that_is_known_is_followed_without_a_surprise(lags: tuple[int, ...]) -> None:
+    course, entropies, right = Filter(), [math.log(START)], ODDS
+    for t, share in enumerate(shares(40)):
+        lag = lags[t % len(lags)]
+        shown = max(0, t - lag)
+        course.see(math.exp(entropies[shown]), None, lag, 1 / (1 + math.exp(-ODDS - 0.03 * shown)))
+        course.right, course.climb = right + 0.03 * shown, 0.03
+        course.step(share, 1.0, 1.0, 0.0)
+        entropies.append(entropies[-1] + SLOPE * (share + LIFT * 0.03 * t))
+    assert course.off == pytest.approx(0, abs=1e-6)
+    assert (course.slope, course.lift) == (pytest.approx(SLOPE), pytest.approx(LIFT))
+    assert course.drift == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("lift", [0.0, 0.5 * LIFT, LIFT, 1.5 * LIFT])
+def test_where_the_lift_is_not_as_guessed_lift_and_drift_take_the_error(lift: float) -> None:
+    course = follow(shares(200, -0.2), lift=lift, climb=0.01, noise=0.02)[1]
+    assert abs(course.lift - lift) <= 0.9 * abs(LIFT - lift) + 0.05
+    assert course.slope == pytest.approx(SLOPE, rel=0.1)
+    assert course.rest(0.9) == pytest.approx(-lift * 0.01 * (200 + 9), abs=0.15)
+
+
+def test_odds_that_climb_far_do_not_drag_the_slope() -> None:
+    course = follow([0.1 * share for share in shares(80)], lift=0.0, climb=0.07)[1]
+    assert course.slope == pytest.approx(SLOPE, rel=0.1)
+    assert course.rest(0.9) == pytest.approx(0, abs=0.3)
+
+
+def test_what_no_answer_could_hold_does_not_wind_up() -> None:
+    course = follow(shares(80), slope=1.5 * SLOPE, climb=0.05)[1]
+    assert course.rest(0.9) == pytest.approx(-0.9)
+    assert course.drift / course.slope < 0.3
+    assert 0 <= course.lift <= 2 * LIFT
 
 
 def test_the_script_finds_the_constants_that_foretell_a_recorded_run_best(tmp_path: Path) -> None:
-    moved, beta = shares(120), 0.9
-    entropies = follow(moved, beta=beta)[0]
+    moved, beta, climb = shares(120), 0.9, 0.02
+    entropies = follow(moved, beta=beta, climb=climb)[0]
     rng = torch.Generator().manual_seed(2)
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for t, share in enumerate(moved):
             seen = entropies[max(0, t - 2)] + 0.06 * float(torch.randn((), generator=rng))
-            own = {"noise": 0.05, "share": share, "mass": 1.0, "lag": 2.0, "right": RIGHT}
+            own = {"noise": 0.05, "share": share, "mass": 1.0, "lag": 2.0}
+            own["right"] = 1 / (1 + math.exp(-ODDS - climb * max(0, t - 2)))
             line = {"step": t + 1, "time": 0.0, "lr": 1e-4, "entropy": math.exp(seen)}
             line |= {f"methods/isentropic/{name}": value for name, value in own.items()}
             file.write(json.dumps(line) + "\n")
+            del line["methods/isentropic/share"]  # as of a batch with nothing to learn from
+            file.write(json.dumps(line | {"step": t + 1000}) + "\n")
     script = Path(__file__).parent.parent / "scripts" / "likelihood"
     command = [sys.executable, str(script), str(tmp_path), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     nats = {name: found[0] for name, found in json.loads(done.stdout).items()}
     best = nats["as they are"]
     assert best > nats["without momentum"] + 0.1
-    for other in ("WIDE x 2", "WIDE x 0.5", "SLOPE x 0.5", "level of a step x 2"):
+    for other in ("WIDE x 2", "WIDE x 0.5", "SLOPE x 0.5", "LIFT x 0.5", "LIFT x 2"):
         assert best > nats[other], other

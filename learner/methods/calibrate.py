@@ -2,7 +2,7 @@
 
 With x the logarithm of the mean entropy, the net share u of a step (what is predicted of it, over
 all flows that its weights leave, -1 if all tokens lowered the entropy and 1 if all raised it), and
-r the log-odds that an answer trained on is right,
+r the log-odds that an answer trained on is better than its group's mean,
 
     x ← x + slope · (m + lift · (r - r at the start)) + drift           m ← β m + (1 - β) u
 
@@ -20,9 +20,10 @@ answer shows. Drift is what they leave.
 A Kalman filter follows level, drift, slope and lift: the regression of what is realised on what
 was predicted, with an intercept, a prior and forgetting, that also knows the noise of a batch,
 which is measured from its groups. Beliefs in drift and slope are tied such that steps alike tell
-the drift alone: the slope moves only when predictions vary, and is kept positive. Logarithms
-throughout: the mean of a ratio of two noisy entropies is above 1 by the square of their noise,
-which a drift would take for entropy that comes by itself.
+the drift alone, and what comes by itself tells nothing of the slope: that moves only when
+predictions vary, and is kept positive. Logarithms throughout: the mean of a ratio of two noisy
+entropies is above 1 by the square of their noise, which a drift would take for entropy that comes
+by itself.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ WIDE = 1.0  # what groups tell of it is times this
 _QUIET = 0.02  # … and at least: groups that agree by chance are no proof
 LIFT = 0.27  # the guess, in slopes: what a unit of log-odds of right answers adds to a step …
 _RIGHT = (0.3, 0.01)  # … and how fast these odds, and their climb, are believed
-_SURE = 0.02  # share of right or wrong answers below which odds are not told
+_SURE = 0.02  # no batch shows that fewer than so many answers are right, or wrong
 # Standard deviations of what is not foreseen, in slopes: in a step, and before the first. Those of
 # a step, SLOPE, LIFT and WIDE are near where runs of the demo are likeliest: scripts/likelihood.
 STEP = (0.1, 0.04, 0.01)  # of level, drift, slope
@@ -88,9 +89,9 @@ class Filter(msgspec.Struct, kw_only=True):
         """Take in a batch: its mean entropy, in nats, the standard error as a share of it, how
         many steps old the version is that it was sampled by, and what share of it is right.
         """
-        self._learned(right)
         while self.level is not None and len(self.ahead) > lag:
             self._pass(self.ahead.pop(0))
+        self._learn(right)
         value = math.log(entropy)
         noise = _NOISE if noise is None else max(WIDE * noise, _QUIET)
         if self.level is None or self.doubt is None:
@@ -104,7 +105,7 @@ class Filter(msgspec.Struct, kw_only=True):
         self.level += level
         self.slope = min(max(self.slope + slope, SLOPE * _BAND[0]), SLOPE * _BAND[1])
         self.drift = _within(self.drift + drift, _MOST * self.slope)
-        self.lift += lift
+        self.lift = min(max(self.lift + lift, 0.0), 2 * LIFT)
         self.doubt = (doubt - np.outer(by, doubt[0])).tolist()
 
     def step(self, share: float, mass: float, rate: float, beta: float) -> None:
@@ -119,13 +120,11 @@ class Filter(msgspec.Struct, kw_only=True):
     def _moment(self, otherwise: float) -> float:
         return self.moment / self.mass if self.mass else otherwise
 
-    def _learned(self, right: float) -> None:
+    def _learn(self, right: float) -> None:
         right = min(max(right, _SURE), 1 - _SURE)
         odds = math.log(right / (1 - right))
         if self.right is None:
             self.right = self.began = odds
-            return
-        self.right += self.climb
         off = odds - self.right
         self.right += _RIGHT[0] * off
         self.climb += _RIGHT[1] * off
@@ -150,11 +149,14 @@ class Filter(msgspec.Struct, kw_only=True):
                 [-moment * slope, slope, 0],
                 [0, 0, _DOUBT**2],
             ]
-        more = self._more(0)
-        by_itself = _within(self.slope * self.lift * more + self.drift, _MOST * self.slope)
-        self.level += self.slope * moment + by_itself
-        by_slope, by_lift = moment + self.lift * more, self.slope * more
-        move = np.array([[1, 1, by_slope, by_lift], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+        assert self.right is not None
+        more, most = self._more(0), _MOST * self.slope
+        by_itself = self.slope * self.lift * more + self.drift
+        cut = abs(by_itself) > most  # then neither drift nor lift had a part in how much it was
+        self.level += self.slope * moment + _within(by_itself, most)
+        self.right += self.climb
+        by_drift, by_lift = (0.0, 0.0) if cut else (1.0, self.slope * more)
+        move = np.array([[1, by_drift, moment, by_lift], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
         new = np.diag(np.square([*(sigma * self.slope for sigma in STEP), 0.0]))
         self.doubt = (move @ doubt @ move.T + new).tolist()
 

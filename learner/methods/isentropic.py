@@ -112,7 +112,7 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
     lambda_max: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     bonus_max: NotNegative = 1.0
     p_gain: Positive = 0.3  # share of the error ahead to close in a step
-    i_gain: NotNegative = 0.01  # … and of the measured one, added up
+    i_gain: NotNegative = 0.01  # … and of the measured one, added up over twenty steps
     brake: NotNegative = 1.0  # floor, ceiling: share of the target before it where it may brake
 
     def check(self) -> None:
@@ -328,13 +328,17 @@ def _mean(values: Tensor, table: Table) -> float:
 
 
 def _right(table: Table) -> float:
-    """Share of the answers that did better than their group's mean."""
+    """Share of the answers that did better than their group's mean; 0.5 of none. Those without an
+    advantage, as methods leave them, say nothing.
+    """
     import torch
 
-    answers = table.row[table.main]
+    told = table.main & (table.advantage != 0)
+    answers, good = table.row[told], table.advantage[told] > 0
+    if not len(answers):
+        return 0.5
     there = torch.bincount(answers) > 0
-    good = torch.bincount(answers[table.advantage[table.main] > 0], minlength=len(there)) > 0
-    return float(good.sum()) / max(1, int(there.sum()))
+    return int((torch.bincount(answers[good]) > 0).sum()) / int(there.sum())
 
 
 def _noise(table: Table, H: Tensor, entropy: float) -> float | None:
