@@ -224,8 +224,10 @@ def test_the_script_finds_the_constants_that_foretell_a_recorded_run_best(tmp_pa
     script = Path(__file__).parent.parent / "scripts" / "likelihood"
     command = [sys.executable, str(script), str(tmp_path), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    nats = {name: found[0] for name, found in json.loads(done.stdout).items()}
+    found = json.loads(done.stdout)
+    nats = {name: numbers["nats"] for name, numbers in found.items()}
     best = nats["as they are"]
+    assert found["as they are"]["ahead"] < 0.8 * found["without lift"]["ahead"]
     assert best > nats["without momentum"] + 0.1
     for other in ("WIDE x 2", "WIDE x 0.5", "SLOPE x 0.5", "LIFT x 0.5", "LIFT x 2"):
         assert best > nats[other], other

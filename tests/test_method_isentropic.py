@@ -429,6 +429,14 @@ def test_its_state_is_checkpointed_and_goes_on_to_the_same_bits(tmp_path: Path) 
     assert bits(second) == bits(whole)
 
 
+def test_a_state_of_an_earlier_filter_goes_on_with_a_fresh_one() -> None:
+    method = holding(1.0)
+    earlier = {"start": 2.0, "beta": 0.9, "filter": {"level": -1.0, "trend": 0.1}, "integral": 0.01}
+    state = method.observe(earlier, facts())
+    assert set(state) == set(method.initial())
+    assert (state["start"], state["fit"]["level"]) == (2.0, 0.0)
+
+
 def test_impossible_targets_and_a_second_owner_are_refused() -> None:
     def start(*methods: Any) -> Any:
         config = LearnerConfig(methods=methods, warmup_steps=0)

@@ -89,8 +89,7 @@ class Filter(msgspec.Struct, kw_only=True):
         """Take in a batch: its mean entropy, in nats, the standard error as a share of it, how
         many steps old the version is that it was sampled by, and what share of it is right.
         """
-        while self.level is not None and len(self.ahead) > lag:
-            self._pass(self.ahead.pop(0))
+        self.show(lag)
         self._learn(right)
         value = math.log(entropy)
         noise = _NOISE if noise is None else max(WIDE * noise, _QUIET)
@@ -107,6 +106,11 @@ class Filter(msgspec.Struct, kw_only=True):
         self.drift = _within(self.drift + drift, _MOST * self.slope)
         self.lift = min(max(self.lift + lift, 0.0), 2 * LIFT)
         self.doubt = (doubt - np.outer(by, doubt[0])).tolist()
+
+    def show(self, lag: int) -> None:
+        """Foretell the level as a batch of that lag would show it."""
+        while self.level is not None and len(self.ahead) > lag:
+            self._pass(self.ahead.pop(0))
 
     def step(self, share: float, mass: float, rate: float, beta: float) -> None:
         """Take in the step that followed: its net share, how much of the flows its weights left,
