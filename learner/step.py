@@ -70,9 +70,17 @@ class _Pass:
 
 
 def train_step(
-    state: TrainState, items: Sequence[Item], config: LearnerConfig, comm: Comm | None = None
+    state: TrainState,
+    items: Sequence[Item],
+    config: LearnerConfig,
+    comm: Comm | None = None,
+    *,
+    correct: float | None = None,
 ) -> StepReport:
     """Train on one batch and make version t + 1. Rank 0 calls it; the others `follow_step`.
+
+    `correct`: share of right answers, those of groups that the batch rule passed over included;
+    None: there are none. Methods are told.
 
     Raises DataError when a gradient is not finite or a method answers nonsense; the parameters are
     then those of the last update that worked.
@@ -103,7 +111,10 @@ def train_step(
     if _is_measured(config, state.t):
         metrics |= _realised(state, work, first.table, forecast)
     metrics |= state.law.metrics()
-    ask = _tell_methods(state, config, work.methods, metrics)
+    if correct is None:
+        answers = [r for group in groups for r in group.rollouts if not r.error]
+        correct = sum(r.correct for r in answers) / max(1, len(answers))
+    ask = _tell_methods(state, config, work.methods, metrics | {"correct": correct})
     state.t += 1
     metrics["train_s"] = time.perf_counter() - began
     return StepReport(metrics, ask)

@@ -17,6 +17,12 @@ def seen(batch: Selection) -> list[Group]:
     return [group for group in groups if group.kind == "main"]
 
 
+def correct(batch: Selection) -> float:
+    """Share of the main answers that the batch rule looked at that are right, 0…1."""
+    rollouts = [r for g in seen(batch) for r in g.rollouts if not r.error]
+    return sum(r.correct for r in rollouts) / max(1, len(rollouts))
+
+
 def tally(batch: Selection) -> dict[str, Any]:
     """Correctness and lengths of all that was looked at, lags of what is trained on, drops by
     reason; in the names of common/metrics.GLOSSARY.
@@ -26,7 +32,7 @@ def tally(batch: Selection) -> dict[str, Any]:
     lags = Counter(max(0, batch.t - r.oldest_version) for g in main for r in g.rollouts)
     trained = max(1, sum(lags.values()))
     return {
-        "correct": sum(r.correct for r in rollouts) / max(1, len(rollouts)),
+        "correct": correct(batch),
         "length": sum(r.length for r in rollouts) / max(1, len(rollouts)),
         "truncated": sum(r.finish == "length" for r in rollouts) / max(1, len(rollouts)),
         "groups": len(main),

@@ -82,6 +82,7 @@ class Bandit:
         self.facts |= {"updates": float(self.updates), "max_entropy": math.log(ARMS)}
         self.facts |= {"lr_full": self.lr, "momentum": 0.0}
         self.facts |= {"entropy_predicted": predicted, "n_aux": 1.0}
+        self.facts["correct"] = float((advantage > 0)[~aux].double().mean())
         self.facts |= {k: v for k, v in effects.items() if isinstance(v, float)}
         if self.realised:
             self.facts["entropy_realised"] = _mean_entropy(self.z, state[~aux]) - before

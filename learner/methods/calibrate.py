@@ -2,7 +2,7 @@
 
 With x the logarithm of the mean entropy, the net share u of a step (what is predicted of it, over
 all flows that its weights leave, -1 if all tokens lowered the entropy and 1 if all raised it), and
-r the log-odds that an answer trained on is better than its group's mean,
+r the log-odds that an answer is right, of all that were looked at for a batch,
 
     x ← x + slope · (m + lift · (r - r at the start)) + drift           m ← β m + (1 - β) u
 
@@ -13,7 +13,7 @@ answers sampled by a version that is some steps old do not show yet where later 
 are known, not noise: they are what `heading` adds to the level.
 
 Lift and drift are what comes by itself: batches that are drawn from harder problems, steps along
-what noise a balance leaves. Most of it goes with what the policy has learned, and that is measured
+what noise a balance leaves. Much of it goes with what the policy has learned, and that is measured
 better than the entropy is: so r and how fast it climbs tell where the entropy will be when today's
 answer shows. Drift is what they leave.
 
@@ -39,14 +39,14 @@ _BAND = (0.05, 3.0)  # bounds of the slope, in guesses
 _NOISE = 0.1  # of a batch's entropy, as a share of it, where less than two groups tell it
 WIDE = 1.0  # what groups tell of it is times this
 _QUIET = 0.02  # … and at least: groups that agree by chance are no proof
-LIFT = 0.27  # the guess, in slopes: what a unit of log-odds of right answers adds to a step …
+LIFT = 0.2  # the guess, in slopes: what a unit of log-odds of right answers adds to a step …
 _RIGHT = (0.3, 0.01)  # … and how fast these odds, and their climb, are believed
-_SURE = 0.02  # no batch shows that fewer than so many answers are right, or wrong
+_SURE = 0.01  # no batch shows that fewer than so many answers are right, or wrong
 # Standard deviations of what is not foreseen, in slopes: in a step, and before the first. Those of
 # a step, SLOPE, LIFT and WIDE are near where runs of the demo are likeliest: scripts/likelihood.
-STEP = (0.1, 0.04, 0.01)  # of level, drift, slope
+STEP = (0.1, 0.03, 0.01)  # of level, drift, slope
 _FIRST = (0.25, 0.25)  # of drift, slope
-_DOUBT = 0.05  # of the lift, for good
+_DOUBT = 0.04  # of the lift, for good
 _MOST = 0.9  # bound of what comes by itself, in slopes: what no answer could hold is no drift
 
 
@@ -55,9 +55,9 @@ class Filter(msgspec.Struct, kw_only=True):
     drift: float = 0.0  # a step
     slope: float = SLOPE
     lift: float = LIFT
-    right: float | None = None  # log-odds of the answers, smoothed …
+    right: float = 0.0  # log-odds of the answers, smoothed …
     climb: float = 0.0  # … what they gain in a step …
-    began: float = 0.0  # … and where they were at the start
+    first: float | None = None  # … and where they were at the start
     moment: float = 0.0  # the optimizer's first, of what moves the entropy …
     mass: float = 0.0  # … and of all that moves
     begun: float = 0.0  # how much of it has been filled: Adam scales a young one up
@@ -85,12 +85,11 @@ class Filter(msgspec.Struct, kw_only=True):
         left = _carried(beta, self.begun) * (self._moment(last) - last)
         return self.level + self.slope * (coming + left)
 
-    def see(self, entropy: float, noise: float | None, lag: int, right: float) -> None:
-        """Take in a batch: its mean entropy, in nats, the standard error as a share of it, how
-        many steps old the version is that it was sampled by, and what share of it is right.
+    def see(self, entropy: float, noise: float | None, lag: int) -> None:
+        """Take in a batch: its mean entropy, in nats, the standard error as a share of it, and how
+        many steps old the version is that it was sampled by.
         """
         self.show(lag)
-        self._learn(right)
         value = math.log(entropy)
         noise = _NOISE if noise is None else max(WIDE * noise, _QUIET)
         if self.level is None or self.doubt is None:
@@ -124,19 +123,19 @@ class Filter(msgspec.Struct, kw_only=True):
     def _moment(self, otherwise: float) -> float:
         return self.moment / self.mass if self.mass else otherwise
 
-    def _learn(self, right: float) -> None:
+    def learn(self, right: float) -> None:
+        """Take in what share of the answers is right, of the batch that was seen last."""
         right = min(max(right, _SURE), 1 - _SURE)
         odds = math.log(right / (1 - right))
-        if self.right is None:
-            self.right = self.began = odds
+        if self.first is None:
+            self.right = self.first = odds
         off = odds - self.right
         self.right += _RIGHT[0] * off
         self.climb += _RIGHT[1] * off
 
     def _more(self, steps: float) -> float:
         """Log-odds above those of the start, so many steps after the last that shows."""
-        assert self.right is not None
-        return self.right + self.climb * steps - self.began
+        return 0.0 if self.first is None else self.right + self.climb * steps - self.first
 
     def _rest(self, steps: float) -> float:
         """The share at which the entropy rests then."""
@@ -153,7 +152,6 @@ class Filter(msgspec.Struct, kw_only=True):
                 [-moment * slope, slope, 0],
                 [0, 0, _DOUBT**2],
             ]
-        assert self.right is not None
         more, most = self._more(0), _MOST * self.slope
         by_itself = self.slope * self.lift * more + self.drift
         cut = abs(by_itself) > most  # then neither drift nor lift had a part in how much it was

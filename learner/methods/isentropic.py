@@ -150,7 +150,7 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         led = (c * -table.logp.exp() * ahead).masked_fill(~table.main, 0.0)
         flows = _flows(change + led)
         numbers |= {"up": flows.up, "down": flows.down, "paths": float(led.double().sum())}
-        numbers |= {"lag": _mean(table.lag.float(), table), "right": _right(table)}
+        numbers["lag"] = _mean(table.lag.float(), table)
         noise = _noise(table, before, entropy)
         if noise is not None:
             numbers["noise"] = noise
@@ -159,7 +159,7 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
             return Governed(numbers=numbers)
         numbers |= {"mass": 1.0, "share": (flows.up - flows.down) / flows.both}
         course = Filter.of(state["fit"])
-        course.see(entropy, noise, round(numbers["lag"]), numbers["right"])
+        course.see(entropy, noise, round(numbers["lag"]))
         heading, rest = course.heading(state["beta"]), course.rest(state["beta"])
         numbers |= {
             "heading": math.exp(heading),
@@ -283,7 +283,8 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         beta = facts["momentum"] ** facts["updates"]
         course = Filter.of(state["fit"])
         if "share" in own:  # else there was nothing to learn from
-            course.see(entropy, own.get("noise"), round(own["lag"]), own["right"])
+            course.see(entropy, own.get("noise"), round(own["lag"]))
+            course.learn(known(self, facts, "correct"))
             course.step(own["share"], own["mass"], facts["lr"] / facts["lr_full"], beta)
         return {
             "start": start,
@@ -325,20 +326,6 @@ def _own(facts: Mapping[str, float]) -> dict[str, float]:
 def _mean(values: Tensor, table: Table) -> float:
     chosen = values[table.main].double()
     return float(chosen.mean()) if len(chosen) else 0.0
-
-
-def _right(table: Table) -> float:
-    """Share of the answers that did better than their group's mean; 0.5 of none. Those without an
-    advantage, as methods leave them, say nothing.
-    """
-    import torch
-
-    told = table.main & (table.advantage != 0)
-    answers, good = table.row[told], table.advantage[told] > 0
-    if not len(answers):
-        return 0.5
-    there = torch.bincount(answers) > 0
-    return int((torch.bincount(answers[good]) > 0).sum()) / int(there.sum())
 
 
 def _noise(table: Table, H: Tensor, entropy: float) -> float | None:
