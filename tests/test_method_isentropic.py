@@ -467,9 +467,9 @@ def miss(bandit: Bandit, share: float, last: int = 30) -> float:
 @pytest.mark.parametrize("mode", ["floor", "hold"])
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_it_holds_a_share_of_the_starting_entropy_on_the_bandit(mode: Any, share: float) -> None:
-    """Measured: at most 0.011."""
+    """Measured: at most 0.011; a floor at 0.25 0.016, since it never pushes down."""
     held = Bandit([Isentropic(target=share, mode=mode)], realised=False).run(110)
-    assert miss(held, share) < 0.02
+    assert miss(held, share) < (0.03 if mode == "floor" else 0.02)
     assert held.success > 0.5
 
 

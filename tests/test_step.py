@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from learner import model as models
 from learner.batch import flatten
 from learner.config import LearnerConfig
 from learner.item import Item
+from learner.methods.isentropic import Isentropic
 from learner.model import Policy
 from learner.state import TrainState, state_of
 from learner.step import make_state, train_step
@@ -69,6 +71,18 @@ def test_the_same_batch_gives_the_same_bits_in_whatever_order_it_arrives() -> No
         train_step(second, items[::-1], settings)
     assert first.t == second.t == 3
     assert weights(first) == weights(second)
+
+
+def test_methods_are_told_what_was_right_of_all_that_was_looked_at() -> None:
+    settings = config(methods=(Isentropic(target=1.0),))
+    items = a_batch(0)
+    answers = [rollout for item in items for rollout in item.group.rollouts]
+    own = sum(rollout.correct for rollout in answers) / len(answers)
+    for told, right in ((0.7, 0.7), (None, own)):
+        state = a_state(settings)
+        train_step(state, items, settings, correct=told)
+        odds = state.methods_state["isentropic"]["fit"]["right"]
+        assert odds == pytest.approx(math.log(right / (1 - right)))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
