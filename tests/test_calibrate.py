@@ -212,7 +212,7 @@ def test_odds_that_climb_far_do_not_drag_the_slope() -> None:
 
 
 def test_what_no_answer_could_hold_does_not_wind_up() -> None:
-    course = follow(shares(80), slope=1.5 * SLOPE, climb=0.05)[1]
+    course = follow(shares(80), slope=1.5 * SLOPE, climb=0.09)[1]
     assert course.rest(0.9) == pytest.approx(-0.9)
     assert course.drift / course.slope < 0.3
     assert 0 <= course.lift <= 2 * LIFT

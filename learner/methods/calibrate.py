@@ -39,12 +39,12 @@ _BAND = (0.05, 3.0)  # bounds of the slope, in guesses
 _NOISE = 0.1  # of a batch's entropy, as a share of it, where less than two groups tell it
 WIDE = 1.0  # what groups tell of it is times this
 _QUIET = 0.02  # … and at least: groups that agree by chance are no proof
-LIFT = 0.2  # the guess, in slopes: what a unit of log-odds of right answers adds to a step …
+LIFT = 0.15  # the guess, in slopes: what a unit of log-odds of right answers adds to a step …
 _RIGHT = (0.3, 0.01)  # … and how fast these odds, and their climb, are believed
 _SURE = 0.01  # no batch shows that fewer than so many answers are right, or wrong
 # Standard deviations of what is not foreseen, in slopes: in a step, and before the first. Those of
 # a step, SLOPE, LIFT and WIDE are near where runs of the demo are likeliest: scripts/likelihood.
-STEP = (0.1, 0.03, 0.01)  # of level, drift, slope
+STEP = (0.1, 0.05, 0.01)  # of level, drift, slope
 _FIRST = (0.25, 0.25)  # of drift, slope
 _DOUBT = 0.04  # of the lift, for good
 _MOST = 0.9  # bound of what comes by itself, in slopes: what no answer could hold is no drift

@@ -111,7 +111,7 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
     price_max: NotNegative = 3.0
     lambda_max: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     bonus_max: NotNegative = 1.0
-    p_gain: Positive = 0.3  # share of the error ahead to close in a step
+    p_gain: Positive = 0.4  # share of the error ahead to close in a step
     i_gain: NotNegative = 0.01  # … and of the measured one, added up over twenty steps
     brake: NotNegative = 1.0  # floor, ceiling: share of the target before it where it may brake
 
