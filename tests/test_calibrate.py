@@ -225,7 +225,7 @@ def test_the_script_finds_the_constants_that_foretell_a_recorded_run_best(tmp_pa
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for t, share in enumerate(moved):
             seen = entropies[max(0, t - 2)] + 0.06 * float(torch.randn((), generator=rng))
-            own = {"noise": 0.05, "share": share, "mass": 1.0, "lag": 2.0}
+            own = {"noise": 0.05, "share": share, "mass": 1.0, "lag": 2.0, "target": START}
             line = {"step": t + 1, "time": 0.0, "lr": 1e-4, "entropy": math.exp(seen)}
             line["correct"] = 1 / (1 + math.exp(-ODDS - climb * max(0, t - 2)))
             line |= {f"methods/isentropic/{name}": value for name, value in own.items()}
@@ -239,6 +239,7 @@ def test_the_script_finds_the_constants_that_foretell_a_recorded_run_best(tmp_pa
     nats = {name: numbers["nats"] for name, numbers in found.items()}
     best = nats["as they are"]
     assert found["as they are"]["ahead"] < 0.9 * found["without lift"]["ahead"]
+    assert 0.02 < found["as they are"]["off"] < 0.8 * found["without lift"]["off"]
     assert best > nats["without momentum"] + 0.1
     for other in ("WIDE x 2", "WIDE x 0.5", "SLOPE x 0.5", "LIFT x 0.5", "LIFT x 2"):
         assert best > nats[other], other

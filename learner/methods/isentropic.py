@@ -170,10 +170,15 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         error = math.log(target) - heading
         if self._is_idle(error):
             return self._spread(Governed(numbers=numbers), table, at)
-        near = min(max(error, -_FAR), _FAR)
-        share = rest + (self.p_gain * near + state["integral"]) / course.slope
+        share = self.asked(course, error, state)
         numbers |= {"asked": share, "wanted": min(max(share, -_MOST), _MOST)}
         return self._spread(self._answer(table, c, ahead, flows, numbers), table, at)
+
+    def asked(self, course: Filter, error: float, state: State) -> float:
+        """The share of all that is left to move. `error`: of the logarithm, where it is heading."""
+        near = min(max(error, -_FAR), _FAR)
+        close = (self.p_gain * near + state["integral"]) / course.slope
+        return course.rest(state["beta"]) + float(close)
 
     def target_at(self, step: int) -> float:
         """In the method's unit."""
