@@ -106,6 +106,16 @@ class Filter(msgspec.Struct, kw_only=True):
         self.lift = min(max(self.lift + lift, 0.0), 2 * LIFT)
         self.doubt = (doubt - np.outer(by, doubt[0])).tolist()
 
+    def learn(self, right: float) -> None:
+        """Take in what share of the answers is right, of the batch that was seen last."""
+        right = min(max(right, _SURE), 1 - _SURE)
+        odds = math.log(right / (1 - right))
+        if self.first is None:
+            self.right = self.first = odds
+        off = odds - self.right
+        self.right += _RIGHT[0] * off
+        self.climb += _RIGHT[1] * off
+
     def show(self, lag: int) -> None:
         """Foretell the level as a batch of that lag would show it."""
         while self.level is not None and len(self.ahead) > lag:
@@ -122,16 +132,6 @@ class Filter(msgspec.Struct, kw_only=True):
 
     def _moment(self, otherwise: float) -> float:
         return self.moment / self.mass if self.mass else otherwise
-
-    def learn(self, right: float) -> None:
-        """Take in what share of the answers is right, of the batch that was seen last."""
-        right = min(max(right, _SURE), 1 - _SURE)
-        odds = math.log(right / (1 - right))
-        if self.first is None:
-            self.right = self.first = odds
-        off = odds - self.right
-        self.right += _RIGHT[0] * off
-        self.climb += _RIGHT[1] * off
 
     def _more(self, steps: float) -> float:
         """Log-odds above those of the start, so many steps after the last that shows."""
