@@ -35,7 +35,7 @@ from learner.methods.compose import Methods
 from learner.reward import scorer
 from learner.state import TrainState, constants
 from learner.step import train_step
-from learner.tally import correct
+from learner.tally import correct, seen
 
 PLAIN = "plain"  # the run's own loss without any method: what the others are measured against
 TAKEN = (
@@ -130,7 +130,7 @@ def _one_step_each(
     for name, config in field.items():
         quiet = msgspec.structs.replace(config, realised_every=0)
         _give_methods(state, quiet)
-        report = train_step(state, selection.items, quiet, correct=correct(selection))
+        report = train_step(state, selection.items, quiet, correct=correct(seen(selection)))
         logp_after, H_after = _look(state, batch, plain)
         gain = push * (ratio(logp_after, logp) - 1)
         points.append(

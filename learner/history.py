@@ -29,7 +29,7 @@ from learner.follow import followers
 from learner.inbox import Selection, select
 from learner.ledger import Ledger
 from learner.step import StepReport, TrainState, make_state, train_step
-from learner.tally import correct
+from learner.tally import correct, seen
 
 log = logging.getLogger("isentrope.history")
 OnStep = Callable[[Selection, StepReport, bool], bool]  # (batch, report, bits agree) → go on?
@@ -152,7 +152,7 @@ def _redo(
     on_step: OnStep | None,
 ) -> bool:
     log.info("catching up: step %d again, from the journal", record.t + 1)
-    report = train_step(past.state, batch.items, past.config, correct=correct(batch))
+    report = train_step(past.state, batch.items, past.config, correct=correct(seen(batch)))
     same = override or digest(model.snapshot(past.state.model, run.weights_dtype)) == record.digest
     past.recomputed += 1
     past.exact &= same

@@ -34,7 +34,7 @@ from learner.inbox import Selection
 from learner.issuer import NOTHING
 from learner.ledger import Ledger
 from learner.step import train_step
-from learner.tally import correct
+from learner.tally import correct, seen
 from learner.wiring import Learner, wire
 
 log = logging.getLogger("isentrope.learner")
@@ -64,7 +64,7 @@ def _step(it: Learner, batch: Selection) -> str:
     actors.
     """
     it.report.phase = "training"
-    report = train_step(it.state, batch.items, it.config, correct=correct(batch))
+    report = train_step(it.state, batch.items, it.config, correct=correct(seen(batch)))
     it.fail("after_step")
     tensors = model.snapshot(it.state.model, it.run.weights_dtype)
     record = Step(

@@ -43,6 +43,7 @@ from learner.overlong import facts as overlong_facts
 from learner.slopes import coefficients, credit, weighted, with_surrogate
 from learner.state import TrainState, constants, make_state
 from learner.table import Table
+from learner.tally import correct as share_right
 from learner.work import Work, prepare, receive
 
 __all__ = ["StepReport", "TrainState", "make_state", "train_step"]
@@ -79,8 +80,8 @@ def train_step(
 ) -> StepReport:
     """Train on one batch and make version t + 1. Rank 0 calls it; the others `follow_step`.
 
-    `correct`: share of right answers, those of groups that the batch rule passed over included;
-    None: there are none. Methods are told.
+    `correct`: share of right answers, of the groups that the batch rule passed over as well; None:
+    it passed over none. Methods are told.
 
     Raises DataError when a gradient is not finite or a method answers nonsense; the parameters are
     then those of the last update that worked.
@@ -111,10 +112,8 @@ def train_step(
     if _is_measured(config, state.t):
         metrics |= _realised(state, work, first.table, forecast)
     metrics |= state.law.metrics()
-    if correct is None:
-        answers = [r for group in groups for r in group.rollouts if not r.error]
-        correct = sum(r.correct for r in answers) / max(1, len(answers))
-    ask = _tell_methods(state, config, work.methods, metrics | {"correct": correct})
+    told = {"correct": share_right(groups) if correct is None else correct}
+    ask = _tell_methods(state, config, work.methods, metrics | told)
     state.t += 1
     metrics["train_s"] = time.perf_counter() - began
     return StepReport(metrics, ask)

@@ -5,6 +5,7 @@ over.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from common.wire import Group
@@ -17,9 +18,11 @@ def seen(batch: Selection) -> list[Group]:
     return [group for group in groups if group.kind == "main"]
 
 
-def correct(batch: Selection) -> float:
-    """Share of the main answers that the batch rule looked at that are right, 0…1."""
-    rollouts = [r for g in seen(batch) for r in g.rollouts if not r.error]
+def correct(groups: Iterable[Group]) -> float:
+    """Share of their answers that are right, 0…1; of none 0. Those that no grader judged are left
+    out.
+    """
+    rollouts = [r for group in groups for r in group.rollouts if not r.error]
     return sum(r.correct for r in rollouts) / max(1, len(rollouts))
 
 
@@ -32,7 +35,7 @@ def tally(batch: Selection) -> dict[str, Any]:
     lags = Counter(max(0, batch.t - r.oldest_version) for g in main for r in g.rollouts)
     trained = max(1, sum(lags.values()))
     return {
-        "correct": correct(batch),
+        "correct": correct(seen(batch)),
         "length": sum(r.length for r in rollouts) / max(1, len(rollouts)),
         "truncated": sum(r.finish == "length" for r in rollouts) / max(1, len(rollouts)),
         "groups": len(main),

@@ -12,7 +12,7 @@ from learner.inbox import Selection, select
 from learner.inbox import fate as fate_of
 from learner.ledger import Entry
 from learner.synthesis.config import SynthesisConfig
-from learner.tally import correct
+from learner.tally import correct, seen
 from tests.builders import make_group, make_rollout, make_ticket
 from tests.test_ledger import Book, admit, issue
 
@@ -119,7 +119,7 @@ def test_an_empty_batch_knows_whether_its_answers_were_right_wrong_or_never_grad
 def test_all_that_was_looked_at_for_a_batch_counts_as_right_or_wrong() -> None:
     batch = chosen(book_of((1, 1), (0, 1), (1, 1), (0, 1), (0, 0)))
     assert (len(batch.items), len(batch.refused)) == (2, 2)
-    assert correct(batch) == 6 / 8
+    assert correct(seen(batch)) == 6 / 8
 
 
 def test_truncated_groups_are_dropped_only_when_asked() -> None:

@@ -36,7 +36,7 @@ import numpy as np
 
 SLOPE = 0.2  # the guess: all flows together move the entropy by so much of itself in a step
 _BAND = (0.05, 3.0)  # bounds of the slope, in guesses
-_NOISE = 0.1  # of a batch's entropy, as a share of it, where less than two groups tell it
+NOISE = 0.1  # of a batch's entropy, as a share of it, where less than two groups tell it
 WIDE = 1.0  # what groups tell of it is times this
 _QUIET = 0.02  # … and at least: groups that agree by chance are no proof
 LIFT = 0.15  # the guess, in slopes: what a unit of log-odds of right answers adds to a step …
@@ -91,7 +91,7 @@ class Filter(msgspec.Struct, kw_only=True):
         """
         self.show(lag)
         value = math.log(entropy)
-        noise = _NOISE if noise is None else max(WIDE * noise, _QUIET)
+        noise = NOISE if noise is None else max(WIDE * noise, _QUIET)
         if self.level is None or self.doubt is None:
             self.level = value
             self.doubt = np.diag([noise**2, 0.0, 0.0, 0.0]).tolist()
