@@ -112,7 +112,7 @@ def train_step(
     if _is_measured(config, state.t):
         metrics |= _realised(state, work, first.table, forecast)
     metrics |= state.law.metrics()
-    told = {"correct": share_right(groups) if correct is None else correct}
+    told: Metrics = {"correct": share_right(groups) if correct is None else correct}
     ask = _tell_methods(state, config, work.methods, metrics | told)
     state.t += 1
     metrics["train_s"] = time.perf_counter() - began
