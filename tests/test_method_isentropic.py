@@ -118,7 +118,7 @@ def test_price_then_weights_then_bonus_supply_what_is_wanted_each_up_to_its_boun
     assert first["price"] > 0
     assert (first["lambda"], first["saturated"]) == (0, 0)
     assert predicted(t, None) + first["push"] == pytest.approx(0, abs=1e-6)
-    own: dict[str, Any] = {"first": "price", "price_max": first["price"] / 10}
+    own: dict[str, Any] = {"first": "price", "price_max": first["price"] / 10, "spread": 0.0}
     second = answer(holding(entropy(t), lambda_max=1.0, **own), t)
     assert second.numbers["price"] == own["price_max"]
     assert 0 < second.numbers["lambda"] < 1
@@ -165,7 +165,7 @@ def test_the_sampled_token_estimates_what_a_bonus_does_without_bias() -> None:
 def test_a_price_favours_the_choices_that_lead_to_more_entropy() -> None:
     t = four_answers()
     t = replace(t, push=t.advantage * 1.0)
-    found = answer(holding(9.0, lambda_max=0.0, bonus_max=0.0), t)
+    found = answer(holding(9.0, lambda_max=0.0, bonus_max=0.0, spread=0.0), t)
     assert found.weight is not None
     assert found.bonus == 0
     plain = found.weight[[2, 5, 8, 9]]  # nothing comes after these, or nothing else could
@@ -177,18 +177,26 @@ def test_a_price_favours_the_choices_that_lead_to_more_entropy() -> None:
 # ---- what is spread where there is nothing to lose ----------------------------------------------
 
 
-def test_entropy_moves_from_right_answers_to_lost_tokens() -> None:
-    t, knobs = two_answers(), {"price_max": 0.0, "lambda_max": 0.0, "bonus_max": 0.0}
-    found = answer(holding(1.0, spread=1.0, sharpen=0.3, **knobs), t)
+@pytest.mark.parametrize("price_max", [0.25, 3.0])
+def test_entropy_with_a_price_moves_from_right_answers_to_lost_tokens(price_max: float) -> None:
+    t, knobs = two_answers(), {"lambda_max": 0.0, "bonus_max": 0.0, "price_max": price_max}
+    found = answer(holding(9.0, spread=2.0, sharpen=0.6, **knobs), t)
+    by = min(price_max, 1.0)
+    assert found.numbers["price"] == price_max
     assert found.bonus == 1.0
     assert found.where is not None
-    assert found.where.tolist() == pytest.approx([-0.3] * 3 + [0.0, 0.0] + [1.0] * 2)
+    assert found.where.tolist() == pytest.approx([-0.6 * by] * 3 + [0.0, 0.0] + [2.0 * by] * 2)
     assert found.numbers["lost"] == pytest.approx(2 / 7)
-    above = answer(holding(0.01, spread=1.0), t)  # where the rest of it rests
-    assert above.numbers["active"] == 0
-    assert above.where is not None
-    assert torch.equal(above.where, found.where)
-    assert answer(holding(9.0, spread=1.0, mode="ceiling"), t).where is None
+    assert answer(holding(9.0, spread=0.0, **knobs), t).where is None
+
+
+def test_without_a_price_no_entropy_is_moved() -> None:
+    t = two_answers()
+    weights = answer(holding(9.0, price_max=0.0, bonus_max=0.0), t)
+    assert (weights.numbers["active"], weights.where) == (1.0, None)
+    idle = answer(holding(0.01), t)
+    assert (idle.numbers["active"], idle.where) == (0.0, None)
+    assert answer(holding(9.0, mode="ceiling"), t).where is None
 
 
 # ---- the three modes ---------------------------------------------------------------------------

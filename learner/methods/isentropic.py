@@ -26,10 +26,13 @@ bends the very choices that pay. A bonus makes sure tokens unsure. All weights a
 mass, as a share of the flows: else a step that follows small ones would be far larger than Adam's
 second moment expects.
 
-Optional, off by default, and constant since it acts slowly: a `spread` on the entropy of tokens
-that are lost already, in wrong answers that have left every right one of their group; and
-`sharpen` against that of right answers' tokens, so that what lost ones learn does not leak into
-these. Entropy moves to where there is nothing to lose; the drift's fit sees what that does.
+As long as entropy has a price, it is moved to where there is nothing to lose: a `spread`, times the
+price (at most 1), on the entropy of tokens that are lost already, in wrong answers that have left
+every right one of their group; and `sharpen`, likewise, against that of right answers' tokens, so
+that what lost ones learn does not leak into these. Rich wrong answers hold the entropy while fewer
+are wrong, until weights alone hold it and the price is 0: a spread that stays on makes them so rich
+and so few that no batch can tell the entropy. It acts slowly, so it is no part of the balance; the
+drift's fit sees what it does.
 
 The controller is proportional and integral, on top of what is estimated as the run goes
 (calibrate.py): u* is the share that rests the entropy, and (p_gain · e + ∫) / slope more, e being
@@ -88,14 +91,13 @@ class Answer(NamedTuple):
 class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
     """`mode`: what is forbidden to the entropy
 
-        floor     to fall below the target. Above it (and a brake zone) this is plain GRPO (but
-                  for a spread); the answer only ever raises entropy (λ >= 0)
+        floor     to fall below the target. Above it (and a brake zone) this is plain GRPO; the
+                  answer only ever raises entropy (λ >= 0)
         hold      to leave the target, either way. From far above it goes down about as GRPO does
         ceiling   to rise above it: the mirror image of floor, by weights alone
 
     The preset "opefo" is OPEFO (entropy-flow balance) alone: ΔH* = 0, F left out, no other knob.
-    With `spread` and the three bounds 0 it is exactly GRPO; zero error is not: it is the balanced
-    flow.
+    With the three bounds 0 it is exactly GRPO; zero error is not: it is the balanced flow.
     """
 
     needs_table: ClassVar[bool] = True
@@ -105,8 +107,8 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
     mode: Literal["floor", "hold", "ceiling"] = "floor"
     preset: Literal["opefo"] | None = None
     changes: tuple[tuple[NaturalInt, Positive], ...] = ()  # (step, target from that step on)
-    spread: NotNegative = 0.0  # coefficient of the bonus on lost tokens; 0: no sharpening either
-    sharpen: NotNegative = 0.3  # coefficient against the entropy of right answers' tokens
+    spread: NotNegative = 1.0  # at a price of 1, of a bonus on lost tokens; 0: no sharpening either
+    sharpen: NotNegative = 0.3  # … and against the entropy of right answers' tokens
     first: Literal["weights", "price"] = "weights"  # which of them answers before the other
     price_max: NotNegative = 3.0
     lambda_max: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
@@ -129,9 +131,7 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
 
     @property
     def neutral(self) -> bool:
-        return self.preset is None and not any(
-            (self.spread, self.price_max, self.lambda_max, self.bonus_max)
-        )
+        return self.preset is None and not any((self.price_max, self.lambda_max, self.bonus_max))
 
     # ---- every update ------------------------------------------------------------------------
 
@@ -169,7 +169,7 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         }
         error = math.log(target) - heading
         if self._is_idle(error):
-            return self._spread(Governed(numbers=numbers), table, at)
+            return Governed(numbers=numbers)
         share = self.asked(course, error, state)
         numbers |= {"asked": share, "wanted": min(max(share, -_MOST), _MOST)}
         return self._spread(self._answer(table, c, ahead, flows, numbers), table, at)
@@ -203,13 +203,15 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
         return (self.mode == "floor" and error < -zone) or (self.mode == "ceiling" and error > zone)
 
     def _spread(self, found: Governed, table: Table, at: Tensor) -> Governed:
-        """The same answer, with entropy moved to lost tokens."""
+        """The same answer, with entropy moved to lost tokens by as much as it has a price."""
         from learner.methods.prefixes import lost
 
-        if not self.spread or self.mode == "ceiling":
+        price = min(found.numbers["price"], 1.0)
+        if not self.spread or not price:
             return found
         there, right = lost(table, at), table.main & (table.advantage > 0)
-        where = self.spread * there.float() - self.sharpen * right.float() + found.bonus
+        moved = self.spread * there.float() - self.sharpen * right.float()
+        where = price * moved + found.bonus
         share = int(there.sum()) / int(table.main.sum())
         return Governed(found.weight, 1.0, where, dict(found.numbers) | {"lost": share})
 
