@@ -363,11 +363,13 @@ def test_without_weights_and_bonus_it_is_the_empty_list_bit_for_bit() -> None:
     assert bits(train([OPEFO], realised_every=1)[0]) != plain
 
 
-def test_neither_order_nor_micro_batches_matter() -> None:
-    pair = (holding(3.2), Steer())
+@pytest.mark.parametrize("lambda_max", [0.5, 0.0])
+def test_neither_order_nor_micro_batches_matter(lambda_max: float) -> None:
+    pair = (holding(3.2, lambda_max=lambda_max), Steer())
     own: dict[str, Any] = {"loss": "decoupled_ppo", "updates_per_batch": 2}
     assert bits(train(pair, **own)[0]) == bits(train(pair[::-1], **own)[0])
     ends = [train(pair, steps=1, tokens_per_micro=n, **own)[1].metrics for n in (16, 10_000)]
+    assert (ends[0]["methods/isentropic/price"] > 0) == (lambda_max == 0)
     for name in ("loss", "grad_norm", "entropy_bonus", "methods/isentropic/lambda"):
         assert ends[0][name] == pytest.approx(ends[1][name], rel=1e-3), name
 
@@ -390,6 +392,9 @@ def test_masked_tokens_never_matter_and_a_broken_one_is_refused_by_name() -> Non
     assert found.numbers == clean.numbers
     assert found.weight is not None
     assert torch.isfinite(found.weight).all()
+    assert found.where is not None
+    assert clean.where is not None
+    assert torch.equal(found.where, clean.where)
     at = int(t.main.nonzero()[3])
     H = t.H.clone()
     H[at] = float("nan")

@@ -87,6 +87,16 @@ class Thermostat(Method, frozen=True, kw_only=True, tag="thermostat"):
         return {"bonus": state["bonus"] + 1e-3}
 
 
+class Uneven(Method, frozen=True, kw_only=True, tag="uneven"):
+    """A bonus on the entropy of first tokens, and half as much against that of the others."""
+
+    needs_table: ClassVar[bool] = True
+
+    def govern(self, table: Table | None, c: Tensor | None, state: State) -> Governed:
+        assert table is not None
+        return Governed(bonus=0.5, where=torch.where(table.position == 0, 1.0, -0.5))
+
+
 class PullUp(Method, frozen=True, kw_only=True, tag="pull_up"):
     """An extra loss on the three least likely tokens of the batch."""
 
@@ -188,7 +198,8 @@ def test_the_entropy_bonus_at_zero_is_the_empty_list_and_above_raises_entropy(
     assert with_bonus.metrics["entropy"] > without.metrics["entropy"]
 
 
-def test_the_bonus_differentiates_the_mean_entropy() -> None:
+@pytest.mark.parametrize("method", [EntropyBonus(coefficient=0.5), Uneven()])
+def test_the_bonus_differentiates_the_mean_entropy_of_where_it_is(method: Method) -> None:
     """With advantages of zero the step is gradient ascent on H, by the coefficient."""
     from learner.batch import flatten
     from tests.test_model import padded
@@ -196,14 +207,15 @@ def test_the_bonus_differentiates_the_mean_entropy() -> None:
     def still(seed: int) -> Any:
         return [i._replace(group=make_group([1, 1, 1, 1], ticket=i.ticket.id)) for i in a_batch()]
 
-    settings = LearnerConfig(
-        methods=(EntropyBonus(coefficient=0.5),), warmup_steps=0, lr=1.0, grad_clip=1e9
-    )
+    settings = LearnerConfig(methods=(method,), warmup_steps=0, lr=1.0, grad_clip=1e9)  # type: ignore[arg-type]
     state = state_of(Policy(tiny_model(), settings), RunConfig(), settings)
     state.optimizer = torch.optim.SGD(state.masters.values(), lr=1.0)
     net = tiny_model()
     net.set_attn_implementation("sdpa")
-    (0.5 * padded(net, flatten(still(0), 0))[1].mean()).backward()
+    batch = flatten(still(0), 0)
+    where = torch.where(batch.static.position == 0, 1.0, -0.5)
+    H = padded(net, batch)[1] * (where if isinstance(method, Uneven) else 1.0)
+    (0.5 * H.mean()).backward()
     before = {n: m.detach().clone() for n, m in state.masters.items()}
     train_step(state, still(0), settings)
     for name, parameter in net.named_parameters():
