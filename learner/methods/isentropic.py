@@ -107,7 +107,7 @@ class Isentropic(Method, frozen=True, kw_only=True, tag="isentropic"):
     mode: Literal["floor", "hold", "ceiling"] = "floor"
     preset: Literal["opefo"] | None = None
     changes: tuple[tuple[NaturalInt, Positive], ...] = ()  # (step, target from that step on)
-    spread: NotNegative = 2.0  # at a price of 1, of a bonus on lost tokens; 0: no sharpening either
+    spread: NotNegative = 1.0  # at a price of 1, of a bonus on lost tokens; 0: no sharpening either
     sharpen: NotNegative = 0.3  # … and against the entropy of right answers' tokens
     first: Literal["weights", "price"] = "weights"  # which of them answers before the other
     price_max: NotNegative = 3.0
